@@ -1,4 +1,4 @@
-"""What holds for the repository as a whole: sizes, contents, and that the README says what the command line understands."""
+"""The repository as a whole: sizes, contents, and a README that names what exists."""
 
 from __future__ import annotations
 
