@@ -1,0 +1,90 @@
+"""THE training loop, one for every method. It knows no method, no MLflow and no suite: what happens to a metric or a
+checkpoint is passed in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from pretrain.data.datasets import open_dataset
+from pretrain.data.loader import Loader
+from pretrain.training.checkpoints import CheckpointFolder
+from pretrain.training.meter import Meter, Progress
+from pretrain.training.recipe import Recipe
+from pretrain.training.runtime import Runtime
+from pretrain.training.schedules import Plan
+from pretrain.training.stop import StopSignal
+from pretrain.training.trainer import Trainer, local_batch_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a training ended."""
+
+    status: Literal["finished", "interrupted"]
+    step: int
+    seconds: float
+    images_per_second: float
+    checkpoints: list[Path]
+    note: str = ""
+
+
+def train(
+    recipe: Recipe,
+    *,
+    folder: Path,
+    resume: bool = False,
+    log: Callable[[dict[str, float], int], None] = lambda metrics, step: None,
+    on_checkpoint: Callable[[Path, int], None] = lambda path, step: None,
+    progress: Callable[[Progress], None] = lambda progress: None,
+) -> Outcome:
+    """Train a recipe in `folder` (checkpoints go to folder/checkpoints); with `resume`, from last.pt if it is there.
+
+    Raises:
+        DinobenchError: bad data, a checkpoint that does not fit, or a loss that is not finite.
+        CheckFailed: the targets or features collapsed and runtime.stop_on_collapse is set.
+    """
+    runtime = Runtime.start(recipe.runtime)
+    local_batch_size(recipe.optim.batch_size, runtime.world_size, recipe.runtime.accumulate)
+    images = open_dataset(recipe.data.name, recipe.data.split, resize=recipe.data.resize)
+    loader = Loader(
+        images,
+        recipe.views,
+        batch_size=recipe.optim.batch_size,
+        seed=recipe.seed,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        workers=recipe.runtime.workers,
+        device=runtime.device,
+        dtype=runtime.dtype,
+    )
+    plan = Plan(recipe.schedule.epochs, loader.steps_per_epoch)
+    trainer = Trainer(recipe, runtime, plan)
+    files = CheckpointFolder(folder / "checkpoints", recipe.checkpoint.keep, writes=runtime.is_main)
+    first = trainer.restore(files.last) if resume and files.last.is_file() else 0
+    meter = Meter(trainer, plan, recipe, log, progress)
+    stop = StopSignal(runtime)
+
+    with stop:
+        for step, batch in zip(range(first, plan.total_steps), loader.batches(first), strict=False):
+            trainer.step(batch, step)
+            done = step + 1
+            logging = done % recipe.runtime.log_every == 0 or done == plan.total_steps
+            meter.tick(step)
+            if logging:
+                meter.log(step)
+            interrupted = stop.requested(logging)
+            kept = done == plan.total_steps or done % (recipe.checkpoint.every_epochs * plan.steps_per_epoch) == 0
+            every = recipe.checkpoint.every_steps
+            if kept or interrupted or (every and done % every == 0):
+                meter.refuse_non_finite()
+                files.write(trainer, done, kept=kept)
+            if kept:
+                log(meter.unique_prototypes(), done)
+                on_checkpoint(files.path(done), done)
+            if interrupted:
+                return Outcome("interrupted", done, meter.seconds, meter.mean_rate, files.kept(), stop.name)
+    return Outcome("finished", plan.total_steps, meter.seconds, meter.mean_rate, files.kept(), meter.note)

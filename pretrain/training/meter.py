@@ -1,0 +1,140 @@
+"""What a training shows of itself: metrics once per logging interval, progress after every step, a verdict on collapse."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import torch
+
+from pretrain.errors import CheckFailed, DinobenchError
+from pretrain.objectives import prototype_usage
+from pretrain.training.recipe import Recipe
+from pretrain.training.runtime import all_reduce_sum
+from pretrain.training.schedules import Plan
+from pretrain.training.trainer import Trainer
+
+UNIQUE_DISTANCE = 0.025
+"""Cosine distance above which two prototypes count as different (Govindarajan et al., BMVC 2024)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a training stands; loss is that of the last logging interval."""
+
+    step: int
+    total_steps: int
+    epoch: int
+    loss: float
+    learning_rate: float
+    images_per_second: float
+    eta_seconds: float
+    note: str = ""
+
+
+class Meter:
+    """Reads the metrics once per logging interval, and judges them."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        plan: Plan,
+        recipe: Recipe,
+        log: Callable[[dict[str, float], int], None],
+        progress: Callable[[Progress], None],
+    ):
+        self.trainer, self.plan, self.recipe = trainer, plan, recipe
+        self._log, self._progress = log, progress
+        self.started = self.interval_started = time.monotonic()
+        self.steps = self.interval_steps = 0
+        self.loss, self.rate, self.note = float("nan"), 0.0, ""
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    @property
+    def mean_rate(self) -> float:
+        """Images per second since the start."""
+        return self.steps * self.recipe.optim.batch_size / self.seconds
+
+    def tick(self, step: int) -> None:
+        """Count a finished step and show where we are; reads nothing from the device."""
+        self.steps += 1
+        self.interval_steps += 1
+        rate = self.rate or self.mean_rate
+        images_left = (self.plan.total_steps - step - 1) * self.recipe.optim.batch_size
+        self._progress(
+            Progress(
+                step=step + 1,
+                total_steps=self.plan.total_steps,
+                epoch=self.plan.epoch(step),
+                loss=self.loss,
+                learning_rate=float(self.trainer.learning_rates[step]),
+                images_per_second=rate,
+                eta_seconds=images_left / rate,
+                note=self.note,
+            )
+        )
+
+    def log(self, step: int) -> None:
+        """Read the device (the only wait in the loop), log, and judge."""
+        self.refuse_non_finite()
+        health = self.trainer.method.health
+        metrics = {**health.read(), **self._norms(step), **self.trainer.values(step)}
+        now = time.monotonic()
+        self.rate = self.interval_steps * self.recipe.optim.batch_size / (now - self.interval_started)
+        self.interval_started, self.interval_steps = now, 0
+        self.loss = metrics["loss/total"]
+        metrics["speed/images_per_second"] = self.rate
+        collapse = health.verdict(metrics) if self._warm(step) else None
+        metrics["health/collapsed"] = float(collapse is not None)
+        self._log(metrics, step + 1)
+        self.note = f"collapse: {collapse}" if collapse else ""
+        if collapse and self.recipe.runtime.stop_on_collapse:
+            raise CheckFailed(
+                f"the training collapsed ({collapse}) at step {step + 1}: target entropy "
+                f"{metrics['health/target_entropy']:.3f}, information {metrics['health/information']:.3f}, feature std "
+                f"{metrics['health/feature_std']:.3f}. Try a lower target.temperature, a longer warm-up or "
+                "head.batch_norm=true"
+            )
+
+    def refuse_non_finite(self) -> None:
+        """Stop on a loss that is not finite, before it can reach a checkpoint."""
+        first = self.trainer.method.health.first_bad_step
+        if float(all_reduce_sum((first >= 0).float())) > 0:
+            raise DinobenchError(
+                f"loss/total is not finite since step {int(first) + 1} (learning rate "
+                f"{self.trainer.learning_rates[max(int(first), 0)]:.2e}). The last good checkpoint is kept. Try a lower "
+                "optim.lr, a longer schedule.warmup_epochs, a smaller optim.clip or runtime.precision=fp32"
+            )
+
+    def unique_prototypes(self) -> dict[str, float]:
+        """Number of different prototypes, counted at checkpoints because it costs K^2."""
+        prototypes = self.trainer.method.prototypes()
+        if prototypes is None:
+            return {}
+        with torch.no_grad():
+            count = prototype_usage.count_unique(prototypes.vectors().float(), (UNIQUE_DISTANCE,))
+        return {"prototypes/unique": float(count[UNIQUE_DISTANCE])}
+
+    def _warm(self, step: int) -> bool:
+        """Whether a verdict may be given: after the learning-rate warm-up and a fifth of the training."""
+        warmup = max(self.recipe.schedule.warmup_epochs / self.plan.epochs, 0.2)
+        return step + 1 > warmup * self.plan.total_steps
+
+    def _norms(self, step: int) -> dict[str, float]:
+        """Quantiles of the prototype norms, and of their precisions kappa at the teacher's temperature."""
+        prototypes, temperature = self.trainer.method.prototypes(), self.trainer.method.teacher_temperature(step)
+        if prototypes is None or temperature is None:
+            return {}
+        with torch.no_grad():
+            norms = prototypes.norms().float()
+            low, median, high = norms.quantile(torch.tensor([0.05, 0.5, 0.95], device=norms.device)).tolist()
+        return {
+            "prototypes/norm_q05": low,
+            "prototypes/norm_q50": median,
+            "prototypes/norm_q95": high,
+            "prototypes/kappa_q50": median / temperature,
+        }

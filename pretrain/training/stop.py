@@ -1,0 +1,40 @@
+"""Stopping on a signal, after a checkpoint."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import torch
+
+from pretrain.training.runtime import Runtime, all_reduce_sum
+
+
+class StopSignal:
+    """SIGTERM and SIGINT end the training after the current step and a checkpoint; a second SIGINT ends it at once."""
+
+    def __init__(self, runtime: Runtime):
+        self.runtime, self.name = runtime, ""
+        self._old: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def requested(self, synchronise: bool) -> bool:
+        """Whether to stop now. Ranks must agree, so with several the question is settled at logging steps."""
+        if self.runtime.world_size == 1:
+            return bool(self.name)
+        vote = torch.tensor(float(bool(self.name)), device=self.runtime.device)
+        return synchronise and float(all_reduce_sum(vote)) > 0
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.name and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name

@@ -1,0 +1,156 @@
+"""One optimiser step, and the state that a checkpoint must hold to continue it bit by bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pretrain.data.loader import Batch
+from pretrain.errors import DinobenchError, UsageError
+from pretrain.methods.method import Method, load_method
+from pretrain.models import checkpoint
+from pretrain.training import optim, schedules
+from pretrain.training.recipe import Recipe
+from pretrain.training.runtime import Runtime, seed_everything
+
+
+class Trainer:
+    """A method, its optimiser and its schedules on one machine. It knows no method by name."""
+
+    def __init__(self, recipe: Recipe, runtime: Runtime, plan: schedules.Plan):
+        self.recipe, self.runtime, self.plan = recipe, runtime, plan
+        seed_everything(recipe.seed)  # the same initial weights on every rank
+        self.method = load_method(recipe.method.name, recipe.source)(recipe, plan)
+        self.method.to(device=runtime.device, dtype=runtime.dtype)
+        config = recipe.optim
+        groups = optim.parameter_groups(self.method.student, decay_prototypes=config.decay_prototype_norms)
+        self.optimizer = optim.create_optimizer(config, groups)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        warmup = recipe.schedule.warmup_epochs
+        self.learning_rates = schedules.cosine(config.peak_lr, config.min_lr, plan.epochs, plan.steps_per_epoch, warmup)
+        self.weight_decays = schedules.cosine(
+            config.weight_decay, config.weight_decay_end, plan.epochs, plan.steps_per_epoch
+        )
+        if recipe.runtime.compile:
+            _compile_blocks(self.method)
+        if runtime.world_size > 1:
+            self._distribute()
+        # Different randomness (stochastic depth) on every rank from here on.
+        seed_everything(recipe.seed + 1, runtime.rank)
+
+    def step(self, batch: Batch, step: int) -> None:
+        """One optimiser step on this rank's images. Nothing here waits for the device."""
+        config = self.recipe.runtime
+        self._set_schedules(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = batch.split(config.accumulate)
+        total = torch.zeros((), device=self.runtime.device)
+        for i, part in enumerate(parts):
+            with self.method.no_sync() if i < len(parts) - 1 else torch.enable_grad():
+                with self.runtime.autocast():
+                    loss, _ = self.method.loss(part, step)
+                (loss / len(parts)).backward()
+            total += loss.detach() / len(parts)
+        self.method.health.observe_loss(total, step)
+        self.method.before_update(step)
+        optim.clip_per_tensor(self.parameters, self.recipe.optim.clip)
+        self.optimizer.step()
+        self.method.after_step(step)
+
+    def values(self, step: int) -> dict[str, float]:
+        """Scheduled values of a step, for the log."""
+        return {
+            "optim/lr": float(self.learning_rates[step]),
+            "optim/weight_decay": float(self.weight_decays[step]),
+            **self.method.values(step),
+        }
+
+    def save(self, path: Path, step: int) -> None:
+        """Write the state after `step` completed steps, atomically."""
+        state = self.method.state_dict()
+        rest = {key: value for key, value in state.items() if not key.startswith(("student.", "teacher."))}
+        rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
+        if self.runtime.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.runtime.device)
+        payload = {
+            "format": checkpoint.FORMAT,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "preset": self.recipe.preset,
+            "step": step,
+            "images_seen": step * self.recipe.optim.batch_size,
+            "epoch": self.plan.epoch(step),
+            "seed": self.recipe.seed,
+            "teacher_temperature": self.method.teacher_temperature(max(step - 1, 0)),
+            "student": self.method.student.state_dict(),
+            "teacher": self.method.teacher.state_dict(),
+            "target": rest,
+            "optimizer": self.optimizer.state_dict(),
+            "rng": rng,
+        }
+        checkpoint.save(path, payload)
+
+    def restore(self, path: Path) -> int:
+        """Continue from a checkpoint; returns the number of completed steps.
+
+        Order: 1 weights, centre and health sums, 2 optimiser, 3 random state (last, so that nothing draws after it).
+
+        Raises:
+            DinobenchError: the checkpoint belongs to another recipe, or cannot be read.
+        """
+        payload = checkpoint.read(path, map_location=self.runtime.device)
+        found = Recipe.model_validate(payload["recipe"]).identity
+        if found != self.recipe.identity:
+            raise DinobenchError(
+                f"{path} was written by the recipe {found}, this run is {self.recipe.identity}: "
+                "give the recipe it was started with, or another --output"
+            )
+        networks = {f"{net}.{k}": v for net in ("student", "teacher") for k, v in payload[net].items()}
+        self.method.load_state_dict({**networks, **payload["target"]})
+        self.optimizer.load_state_dict(payload["optimizer"])
+        step = int(payload["step"])
+        if self.runtime.rank == 0:
+            torch.set_rng_state(payload["rng"]["cpu"].cpu())
+            if self.runtime.device.type == "cuda" and "cuda" in payload["rng"]:
+                torch.cuda.set_rng_state(payload["rng"]["cuda"].cpu(), self.runtime.device)
+        else:
+            seed_everything(self.recipe.seed + 1 + step, self.runtime.rank)
+        return step
+
+    def _set_schedules(self, step: int) -> None:
+        decayed, plain = self.optimizer.param_groups
+        decayed["lr"] = plain["lr"] = float(self.learning_rates[step])
+        decayed["weight_decay"] = float(self.weight_decays[step])
+
+    def _distribute(self) -> None:
+        student: nn.Module = self.method.student
+        if self.runtime.device.type == "cuda":
+            student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+            self.method.teacher = nn.SyncBatchNorm.convert_sync_batchnorm(self.method.teacher)
+        self.method.distribute(DistributedDataParallel(student, gradient_as_bucket_view=True))
+
+
+def local_batch_size(batch_size: int, world_size: int, accumulate: int) -> int:
+    """Images per rank and step.
+
+    Raises:
+        UsageError: the batch cannot be divided evenly.
+    """
+    if batch_size % (world_size * accumulate):
+        raise UsageError(
+            f"optim.batch_size={batch_size} cannot be divided over {world_size} ranks x {accumulate} micro-batches: "
+            f"use a multiple of {world_size * accumulate}"
+        )
+    return batch_size // world_size
+
+
+def _compile_blocks(method: Method) -> None:
+    """Compile block by block: one block's compile time instead of a network's, and one graph per crop size."""
+    for network in (method.student, method.teacher):
+        backbone = network.get_submodule("backbone")
+        blocks = getattr(backbone, "blocks", None)
+        for block in blocks if blocks is not None else [backbone]:
+            block.compile(dynamic=False)

@@ -1,0 +1,151 @@
+"""Centring: the three rules, two ranks, and prototypes that nobody uses."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pretrain.objectives.losses import multi_view_cross_entropy
+from pretrain.objectives.targets import Target, TargetConfig
+from pretrain.training import runtime
+from pretrain.training.schedules import teacher_temperature
+
+PROBABILITY_RULES = ["prob_logmean_ema", "prob_ema_log"]
+
+
+def _target(centring, num_prototypes=7, momentum=0.9):
+    return Target(TargetConfig(centring=centring, momentum=momentum), num_prototypes).double()
+
+
+def _logits(rows=5, num_prototypes=7, seed=0):
+    return torch.randn(rows, num_prototypes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("centring", ["logit", "prob_logmean_ema", "prob_ema_log", "none"])
+def test_rows_are_distributions_and_carry_no_gradient(centring):
+    target = _target(centring)
+    probabilities = target(_logits().requires_grad_(), 0.07)
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(5, dtype=torch.float64))
+    assert not probabilities.requires_grad
+
+
+def test_logit_centre_is_the_average_of_raw_logits():
+    target, logits = _target("logit"), _logits()
+    target(logits, 0.07)
+    assert not target.center.any(), "the centre moves after the loss, not before"
+    target.update()
+    torch.testing.assert_close(target.center, 0.1 * logits.mean(0))
+
+
+def test_log_mean_rule_averages_the_log_of_the_batch_mean_probability():
+    target, logits, normaliser = _target("prob_logmean_ema"), _logits(), _logits(1)[0]
+    probabilities = target(logits, 0.07, normaliser)
+    tempered = logits / 0.07 + normaliser
+    torch.testing.assert_close(probabilities, tempered.softmax(1))
+    target.update()
+    torch.testing.assert_close(target.center, 0.1 * tempered.softmax(1).mean(0).log())
+    torch.testing.assert_close(target(logits, 0.07, normaliser), (tempered - target.center).softmax(1))
+
+
+def test_ema_log_rule_is_the_log_of_the_averaged_probability():
+    target, logits = _target("prob_ema_log"), _logits()
+    torch.testing.assert_close(target(logits, 0.07), (logits / 0.07).softmax(1))
+    target.update()
+    expected = (0.9 / 7 + 0.1 * (logits / 0.07).softmax(1).mean(0)).log()
+    torch.testing.assert_close(target.center, expected)
+
+
+@pytest.mark.parametrize("centring", PROBABILITY_RULES)
+def test_without_memory_the_centre_is_one_column_step_of_sinkhorn(centring):
+    target, logits = _target(centring, momentum=0.0), _logits()
+    soft = target(logits, 0.5)
+    target.update()
+    columns = soft / soft.mean(0)
+    torch.testing.assert_close(target(logits, 0.5), columns / columns.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("centring", PROBABILITY_RULES)
+def test_an_unused_prototype_does_not_poison_the_centre(centring):
+    target = Target(TargetConfig(centring=centring), 4)
+    logits = torch.zeros(3, 4)
+    logits[:, 0] = -1e4
+    for _ in range(3):
+        probabilities = target(logits, 0.04)
+        target.update()
+    assert torch.isfinite(probabilities).all() and torch.isfinite(target.center).all()
+
+
+@pytest.mark.parametrize("centring", ["logit", *PROBABILITY_RULES])
+def test_micro_batches_move_the_centre_like_one_batch(centring):
+    whole, parts = _target(centring), _target(centring)
+    logits = _logits(8)
+    whole(logits, 0.07)
+    for part in logits.split(2):
+        parts(part, 0.07)
+    for target in (whole, parts):
+        target.update()
+    torch.testing.assert_close(parts.center, whole.center)
+
+
+def test_equal_norms_make_the_vmf_normaliser_irrelevant():
+    constant = torch.full((7,), -3.0, dtype=torch.float64)
+    for centring in ("logit", *PROBABILITY_RULES):
+        with_it, without = _target(centring), _target(centring)
+        for _ in range(2):
+            a, b = with_it(_logits(), 0.07, constant), without(_logits(), 0.07)
+            torch.testing.assert_close(a, b)
+            with_it.update(), without.update()
+
+
+def _two_ranks(rank, golden, queue):
+    import torch.distributed as dist
+
+    with runtime_group(rank, 2, golden["init"]):
+        temperatures = teacher_temperature(0.04, 0.07, 2, 5)
+        teacher, student = (torch.from_numpy(golden[k][:, rank]).double() for k in ("teacher", "student"))
+        steps, k = teacher.shape[0], teacher.shape[-1]
+        batch = teacher.shape[1] // 2
+        target = Target(TargetConfig(centring="logit"), k).double()
+        values = []
+        for i in range(steps):
+            probabilities = target(teacher[i], temperatures[i]).unflatten(0, (-1, batch))
+            z = student[i].unflatten(0, (-1, batch))
+            values.append(multi_view_cross_entropy(z, torch.eye(k).double(), None, probabilities, 0.1).item())
+            target.update()
+        log_sum = runtime.all_reduce_logsumexp(torch.tensor([-1e4 * rank, float(rank)]))
+        queue.put((rank, values, target.center.numpy(), log_sum.numpy()))
+        dist.barrier()
+
+
+class runtime_group:
+    """A gloo group of processes on this machine."""
+
+    def __init__(self, rank, size, init):
+        self.arguments = {"rank": rank, "world_size": size, "init_method": init}
+
+    def __enter__(self):
+        torch.distributed.init_process_group("gloo", **self.arguments)
+
+    def __exit__(self, *exception):
+        torch.distributed.destroy_process_group()
+
+
+def test_golden_dist2_dino_two_ranks_share_one_centre(golden, tmp_path):
+    g = golden("dist2_dino")
+    shared = {"teacher": g["teacher"], "student": g["student"], "init": f"file://{tmp_path / 'group'}"}
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    workers = [context.Process(target=_two_ranks, args=(rank, shared, queue)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    answers = sorted((queue.get() for _ in workers), key=lambda answer: answer[0])
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    for rank, losses, center, log_sum in answers:
+        np.testing.assert_allclose(losses, g["losses_per_rank"][rank], rtol=2e-6)
+        np.testing.assert_allclose(center, g[f"rank{rank}.center"][0], rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(log_sum, [0.0, math.log(1 + math.e)], rtol=1e-6)

@@ -1,0 +1,209 @@
+"""The optimiser step: equal to the official loop, the same on one rank and on two, the same after a resume."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pretrain.data.loader import Batch
+from pretrain.errors import DinobenchError, UsageError
+from pretrain.training.recipe import Recipe, resolve
+from pretrain.training.runtime import Runtime, RuntimeConfig
+from pretrain.training.schedules import Plan
+from pretrain.training.trainer import Trainer, local_batch_size
+
+
+def _float64_trainer(recipe, plan):
+    return Trainer(recipe, Runtime.start(recipe.runtime), plan)
+
+
+def _golden_trainer(g):
+    size = {"img_size": int(g["img_size"]), "patch_size": int(g["patch_size"])}
+    shape = {"embed_dim": int(g["embed_dim"]), "depth": int(g["depth"]), "num_heads": int(g["num_heads"])}
+    hidden, bottleneck = (g[f"init.head.mlp.{i}.weight"].shape[0] for i in (0, 4))
+    warmup, final = g["teacher_temp_schedule"][[0, -1]].tolist()
+    recipe = Recipe.model_validate(
+        {
+            "method": {"name": "dino"},
+            "model": {
+                "name": "vit_tiny_patch16_224",
+                "kwargs": {**size, **shape},
+                "drop_path": 0.0,
+                "pos_interpolation": "dino",
+            },
+            "head": {
+                "hidden": hidden,
+                "bottleneck": bottleneck,
+                "num_prototypes": int(g["out_dim"]),
+                "train_magnitude": not bool(g["norm_last_layer"]),
+            },
+            "target": {"temperature": final, "warmup_temperature": warmup, "warmup_epochs": int(g["epochs"])},
+            "optim": {
+                "batch_size": g["globals"].shape[2],
+                "clip": float(g["clip_grad"]),
+                "freeze_last_layer_epochs": int(g["freeze_last_layer"]),
+            },
+            "schedule": {"epochs": int(g["epochs"]), "warmup_epochs": 0},
+            "runtime": {"precision": "fp64", "device": "cpu"},
+        }
+    )
+    trainer = _float64_trainer(recipe, Plan(int(g["epochs"]), int(g["niter"])))
+    trainer.learning_rates, trainer.weight_decays = g["lr_schedule"], g["wd_schedule"]
+    trainer.method._momenta = g["momentum_schedule"]
+    start = {k.removeprefix("init."): torch.from_numpy(v) for k, v in g.items() if k.startswith("init.")}
+    for network in (trainer.method.student, trainer.method.teacher):
+        network.load_state_dict(start)
+    return trainer
+
+
+def _assert_weights(network, g, prefix):
+    for name, value in network.state_dict().items():
+        np.testing.assert_allclose(value.numpy(), g[prefix + name], rtol=0, atol=1e-9, err_msg=name)
+
+
+def test_golden_dino_train_steps_end_at_the_official_weights(golden):
+    g = golden("dino_train_steps")
+    trainer = _golden_trainer(g)
+    for step in range(trainer.plan.total_steps):
+        views = [torch.from_numpy(v).double() for v in (*g["globals"][step], *g["locals"][step])]
+        trainer.step(Batch(views=views, index=torch.arange(len(views[0])), epoch=trainer.plan.epoch(step)), step)
+        loss = float(trainer.method.health.sum_loss)
+        trainer.method.health.sum_loss.zero_()
+        np.testing.assert_allclose(loss, g["losses"][step], rtol=1e-9)
+        if step + 1 == int(g["niter"]):
+            _assert_weights(trainer.method.student, g, "student_ep0.")
+    _assert_weights(trainer.method.student, g, "student.")
+    _assert_weights(trainer.method.teacher, g, "teacher.")
+    np.testing.assert_allclose(trainer.method.target.center.numpy(), g["center"][0], rtol=0, atol=1e-9)
+
+
+TINY = [
+    "head.batch_norm=false",
+    "head.hidden=16",
+    "head.bottleneck=16",
+    "head.num_prototypes=12",
+    "optim.batch_size=8",
+    "schedule.epochs=2",
+    "schedule.warmup_epochs=0",
+    "optim.freeze_last_layer_epochs=0",
+    "runtime.precision=fp64",
+    "runtime.device=cpu",
+    "model.kwargs={img_size: 16, patch_size: 8, embed_dim: 24, depth: 1, num_heads: 2}",
+]
+
+
+def _views(step, rows=slice(None)):
+    generator = torch.Generator().manual_seed(step)
+    sizes = (16, 16, 8, 8)
+    views = [torch.randn(8, 3, s, s, generator=generator, dtype=torch.float64)[rows] for s in sizes]
+    return Batch(views=views, index=torch.arange(8)[rows], epoch=0)
+
+
+def _run(trainer, steps=range(3), rows=slice(None)):
+    for step in steps:
+        trainer.step(_views(step, rows), step)
+    return {name: value.clone() for name, value in trainer.method.state_dict().items() if "health" not in name}
+
+
+def _assert_equal(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def _rank_of_two(rank, method, init, queue):
+    recipe = resolve(method, preset="digits", overrides=TINY)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, init_method=init)
+    trainer = Trainer(recipe, Runtime(torch.device("cpu"), "fp64", rank, 2), Plan(2, 3))
+    queue.put((rank, {k: v.numpy() for k, v in _run(trainer, rows=slice(4 * rank, 4 * rank + 4)).items()}))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", ["dino", "dino_vmf"])
+def test_two_ranks_of_b_equal_one_rank_of_2b(method, tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    init = f"file://{tmp_path / 'group'}"
+    ranks = [context.Process(target=_rank_of_two, args=(rank, method, init, queue)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    answers = dict(queue.get() for _ in ranks)
+    for process in ranks:
+        process.join()
+        assert process.exitcode == 0
+    alone = _run(_float64_trainer(resolve(method, preset="digits", overrides=TINY), Plan(2, 3)))
+    for weights in answers.values():
+        _assert_equal(alone, {k: torch.from_numpy(v) for k, v in weights.items()}, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["dino", "dino_vmf"])
+def test_micro_batches_equal_one_batch(method):
+    whole, parts = (
+        _run(_float64_trainer(resolve(method, preset="digits", overrides=[*TINY, extra]), Plan(2, 3)))
+        for extra in ("runtime.accumulate=1", "runtime.accumulate=4")
+    )
+    _assert_equal(whole, parts, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["dino", "dino_vmf", "dino_free"])
+@pytest.mark.parametrize("stop_at", [1, 2])
+def test_resuming_equals_not_stopping(method, stop_at, tmp_path):
+    overrides = [*TINY, "runtime.precision=fp32", "model.drop_path=0.3", "head.batch_norm=true"]
+    recipe = resolve(method, preset="digits", overrides=overrides)
+
+    def trainer():
+        return _float64_trainer(recipe, Plan(2, 3))
+
+    def run(trainer, steps):
+        for step in steps:
+            batch = _views(step)
+            trainer.step(Batch([v.float() for v in batch.views], batch.index, 0), step)
+        return trainer.method.state_dict()
+
+    straight = run(trainer(), range(4))
+    first = trainer()
+    run(first, range(stop_at))
+    first.save(tmp_path / "last.pt", stop_at)
+    second = trainer()
+    torch.rand(5)  # whatever was drawn in between must not matter
+    resumed_from = second.restore(tmp_path / "last.pt")
+    assert resumed_from == stop_at
+    _assert_equal(straight, run(second, range(resumed_from, 4)), rtol=0, atol=0)
+
+
+def test_no_gradient_reaches_the_teacher():
+    trainer = _float64_trainer(resolve("dino", preset="digits", overrides=TINY), Plan(2, 3))
+    _run(trainer)
+    assert all(p.grad is None for p in trainer.method.teacher.parameters())
+
+
+def test_prototypes_stay_put_while_frozen():
+    frozen = [*TINY, "optim.freeze_last_layer_epochs=1"]
+    trainer = _float64_trainer(resolve("dino_vmf", preset="digits", overrides=frozen), Plan(2, 2))
+    before = trainer.method.student.head.last_layer.vectors().clone()
+    _run(trainer, range(2))
+    assert torch.equal(before, trainer.method.student.head.last_layer.vectors())
+    _run(trainer, range(2, 4))
+    assert not torch.equal(before, trainer.method.student.head.last_layer.vectors())
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
+    one = _float64_trainer(resolve("dino", preset="digits", overrides=TINY), Plan(2, 3))
+    one.save(tmp_path / "last.pt", 0)
+    other = _float64_trainer(resolve("dino", preset="digits", overrides=[*TINY, "optim.lr=0.5"]), Plan(2, 3))
+    with pytest.raises(DinobenchError, match="another --output"):
+        other.restore(tmp_path / "last.pt")
+
+
+def test_a_batch_that_cannot_be_divided_names_a_multiple():
+    with pytest.raises(UsageError, match="use a multiple of 6"):
+        local_batch_size(64, world_size=2, accumulate=3)
+
+
+def test_a_missing_device_says_what_to_do():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(DinobenchError, match=r"runtime\.device=cpu"):
+        Runtime.start(RuntimeConfig(device="cuda"))
