@@ -1,0 +1,114 @@
+"""Position embeddings of a ViT for images of any size, by timm's rule or by the rule of the official DINO code.
+
+A bicubic resampling is a fixed linear map of the grid, so it is formed once per size as a matrix R [N_new, N] and
+applied as R @ pos_embed: equal to `F.interpolate` to rounding, with a matrix product as its backward.
+
+The two rules differ in the values (PROTOCOLS: official vision_transformer.py, `interpolate_pos_encoding`):
+
+    timm   the new grid is sampled at its exact size with antialiasing; image sides must be multiples of the patch
+    dino   no antialiasing; the sampling step is N_old / (N_new + 0.1), where the official code adds 0.1 against
+           rounding; left out only if the number of patches is the stored one *and* the image is square in pixels;
+           rows and columns of pixels that fill no patch are dropped
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torch.nn import functional as F
+
+from pretrain.errors import UsageError
+
+Rule = Literal["timm", "dino"]
+
+
+class PositionalViT(VisionTransformer):
+    """timm's VisionTransformer with the rule for its position embedding as a switch. Parameters are the same."""
+
+    pos_interpolation: Rule
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> tokens [B, prefix + N, D] with their positions, before the first block."""
+        height, width = images.shape[-2:]
+        rows, columns = self._grid(height, width)
+        patch_height, patch_width = self.patch_embed.patch_size
+        patches = self.patch_embed(images[..., : rows * patch_height, : columns * patch_width])
+        return self.norm_pre(self.patch_drop(self._pos_embed(patches, square=height == width)))
+
+    def forward_features(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """Images [B, 3, H, W] -> normalised tokens [B, prefix + N, D]."""
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def positions(self, rows: int, columns: int, square: bool) -> Tensor:
+        """The position embedding [1, prefix + rows * columns, D] of a grid of patches."""
+        old_rows, old_columns = self.patch_embed.grid_size
+        if self.pos_interpolation == "dino":
+            keep = rows * columns == old_rows * old_columns and square
+        else:
+            keep = (rows, columns) == (old_rows, old_columns)
+        if keep:
+            return self.pos_embed
+        num_prefix = 0 if self.no_embed_class else self.num_prefix_tokens
+        prefix, grid = self.pos_embed[:, :num_prefix], self.pos_embed[:, num_prefix:]
+        resampling = self._resampling(rows, columns)
+        with torch.autocast(grid.device.type, enabled=False):  # the official code interpolates in full precision
+            grid = (resampling @ grid[0]).unsqueeze(0)
+        return torch.cat([prefix, grid], dim=1)
+
+    def _pos_embed(self, x: Tensor, square: bool | None = None) -> Tensor:
+        """Patches [B, h, w, D] -> tokens [B, prefix + h * w, D]; replaces timm's method of this name."""
+        batch, rows, columns, _ = x.shape
+        prefix = [token.expand(batch, -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        positions = self.positions(rows, columns, rows == columns if square is None else square)
+        x = x.flatten(1, 2)
+        x = torch.cat([*prefix, x + positions], 1) if self.no_embed_class else torch.cat([*prefix, x], 1) + positions
+        return self.pos_drop(x)
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        check_image_size(self, height)
+        check_image_size(self, width)
+        patch_height, patch_width = self.patch_embed.patch_size
+        return height // patch_height, width // patch_width
+
+    def _resampling(self, rows: int, columns: int) -> Tensor:
+        """R [rows * columns, N], made once per size, precision and device."""
+        cache: dict[tuple, Tensor] = self.__dict__.setdefault("_resampling_cache", {})
+        key = (rows, columns, self.pos_embed.dtype, self.pos_embed.device)
+        if key not in cache:
+            matrix = resampling_matrix(self.patch_embed.grid_size, (rows, columns), self.pos_interpolation)
+            cache[key] = matrix.to(self.pos_embed.device, self.pos_embed.dtype)
+        return cache[key]
+
+
+def resampling_matrix(old: tuple[int, int], new: tuple[int, int], rule: Rule) -> Tensor:
+    """R [h' * w', h * w] in float64 such that R @ grid is the bicubic resampling of a grid h x w to h' x w'."""
+    num_old = old[0] * old[1]
+    basis = torch.eye(num_old, dtype=torch.float64).reshape(num_old, 1, *old)
+    if rule == "dino":
+        # The factors, not the sizes, set the sampling points: the 0.1 moves them.
+        side = num_old**0.5
+        scale = ((new[0] + 0.1) / side, (new[1] + 0.1) / side)
+        responses = F.interpolate(basis, scale_factor=scale, mode="bicubic")
+    else:
+        responses = F.interpolate(basis, size=new, mode="bicubic", antialias=True)
+    assert responses.shape[-2:] == new
+    return responses.flatten(1).T.contiguous()
+
+
+def check_image_size(backbone: PositionalViT, side: int) -> None:
+    """Refuse an image whose side in pixels does not go with the patch size."""
+    patch = max(backbone.patch_embed.patch_size)
+    if side < patch:
+        raise UsageError(f"an image of {side} px has no whole patch of {patch} px: use at least {patch} px")
+    if side % patch and backbone.pos_interpolation == "timm":
+        near = f"{side - side % patch} or {side - side % patch + patch}"
+        raise UsageError(
+            f"images of {side} px do not divide into patches of {patch} px: use {near} px, "
+            "or model.pos_interpolation=dino, which drops the remaining pixels as the official code does"
+        )

@@ -1,0 +1,101 @@
+"""Prototypes: the K vectors of the last layer of a DINO head, one per cluster (DINO section 3.1; DINO-vMF section 3).
+
+One switch says what a row of the effective matrix W [K, P] is:
+
+    cosine       w_k = v_k / ||v_k||           one precision for all, no magnitude stored
+    weight_norm  w_k = g_k v_k / ||v_k||       DINO's own layer: g = 1 fixed, or trained (`norm_last_layer`)
+    free         w_k = v_k                     magnitudes are part of the vectors; DINO-vMF reads them as precision
+
+weight_norm uses the parameter names of the official checkpoints (`weight_g`, `weight_v`), the others `weight`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pretrain.errors import unknown_name
+
+PrototypeKind = Literal["cosine", "weight_norm", "free"]
+KINDS: tuple[PrototypeKind, ...] = ("cosine", "weight_norm", "free")
+
+
+class Prototypes(nn.Module):
+    """K prototypes of P dimensions.
+
+    Args:
+        dim: P, size of the bottleneck.
+        num: K, number of prototypes.
+        kind: what the effective vectors are, see above.
+        train_magnitude: train the magnitudes g of `weight_norm` (DINO's `norm_last_layer=False`).
+    """
+
+    def __init__(self, dim: int, num: int, kind: PrototypeKind = "weight_norm", train_magnitude: bool = False):
+        super().__init__()
+        if kind not in KINDS:
+            raise unknown_name("kind of prototypes", kind, KINDS)
+        self.dim, self.num, self.kind = dim, num, kind
+        # nn.Linear's default: the official head draws its last layer after the trunc-normal init, so it keeps this one.
+        directions = nn.init.kaiming_uniform_(torch.empty(num, dim), a=math.sqrt(5))
+        if kind == "weight_norm":
+            self.weight_g = nn.Parameter(torch.ones(num, 1), requires_grad=train_magnitude)
+            self.weight_v = nn.Parameter(directions)
+        else:
+            # Unit length, so that all kinds start from the same function.
+            self.weight = nn.Parameter(F.normalize(directions, dim=1))
+
+    def vectors(self) -> Tensor:
+        """The effective matrix W [K, P]. Form it once per step and share it between the crops."""
+        if self.kind == "free":
+            return self.weight
+        if self.kind == "cosine":
+            return F.normalize(self.weight, dim=1)
+        return self.weight_v * (self.weight_g / torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True))
+
+    def norms(self) -> Tensor:
+        """||w_k|| of the effective vectors, [K]."""
+        return torch.linalg.vector_norm(self.vectors(), dim=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z [..., P] -> <w_k, z> [..., K]: cosines when z and the prototypes have length one."""
+        return F.linear(z, self.vectors())
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, num={self.num}, kind={self.kind}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Accept the three layouts in the wild and turn them into this module's own (`cosine` keeps directions only)."""
+        for key, value in _in_layout_of(self.kind, state_dict, prefix).items():
+            state_dict[prefix + key] = value
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def kappa(prototypes: Prototypes, temperature: float) -> Tensor:
+    """Precision of each prototype, kappa_k = ||w_k|| / tau, [K] in float32 or float64 (DINO-vMF section 3.1)."""
+    with torch.no_grad():
+        norms = prototypes.norms()
+    return (norms if norms.dtype == torch.float64 else norms.float()) / temperature
+
+
+def _in_layout_of(kind: PrototypeKind, state: dict[str, Any], prefix: str) -> dict[str, Tensor]:
+    """Take the prototypes out of `state` in any layout and give them in the one of `kind`."""
+    layouts = (
+        ("weight_g", "weight_v"),  # torch.nn.utils.weight_norm: DINO, iBOT, DINOv2
+        ("parametrizations.weight.original0", "parametrizations.weight.original1"),  # its successor
+        ("weight",),  # nn.Linear: DINOv3, and the kinds cosine and free here
+    )
+    found = next((names for names in layouts if all(prefix + name in state for name in names)), None)
+    own = ("weight_g", "weight_v") if kind == "weight_norm" else ("weight",)
+    if found is None or found == own:
+        return {}
+    values = [state.pop(prefix + name) for name in found]
+    if kind == "weight_norm":
+        if len(values) == 1:
+            values = [torch.linalg.vector_norm(values[0], dim=1, keepdim=True), values[0]]
+        return dict(zip(own, values, strict=True))
+    magnitude, direction = values
+    return {"weight": direction if kind == "cosine" else magnitude * F.normalize(direction, dim=1)}
