@@ -1,0 +1,130 @@
+"""The record of a benchmark: JSON after every row, so that an interrupted run keeps what it measured, and a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from timing import Times, ratio
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn", "faiss-gpu", "faiss-cpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One comparison: the first contestant is the opponent, the others are ours."""
+
+    bench: str
+    setting: dict[str, Any]
+    unit: str
+    times: dict[str, Times]
+    gate: dict[str, float]
+    """What was found equal before the timing, with the difference."""
+    targets: dict[str, float]
+    """Contestant -> how many times faster than the opponent it should be."""
+
+    @property
+    def clock(self) -> str:
+        return "wall" if self.setting.get("device", "cpu") != "cpu" else "cpu"
+
+    def ratios(self, clock: str) -> dict[str, dict[str, float]]:
+        opponent, *ours = self.times
+        return {name: ratio(self.times[opponent], self.times[name], clock) for name in ours}
+
+    def to_dict(self) -> dict[str, Any]:
+        record = {key: getattr(self, key) for key in ("bench", "setting", "unit", "gate", "targets")}
+        record["seconds"] = {name: times.summary() for name, times in self.times.items()}
+        record["times_faster"] = {clock: self.ratios(clock) for clock in ("cpu", "wall")}
+        return record
+
+    def lines(self) -> list[list[str]]:
+        """Table lines: bench, setting, contestant, time per unit, times faster (range), wall times faster, target."""
+        setting = " ".join(f"{key}={value}" for key, value in self.setting.items() if key != "device")
+        opponent, *ours = self.times
+        lines = [[self.bench, setting, opponent, self._time(opponent), "1", "1", ""]]
+        for name in ours:
+            faster, wall = self.ratios(self.clock)[name], self.ratios("wall")[name]
+            wanted = self.targets.get(name)
+            verdict = "" if wanted is None else f"{wanted:g} {'reached' if faster['median'] >= wanted else 'missed'}"
+            spread = f"{faster['median']:.2f} ({faster['min']:.2f} to {faster['max']:.2f})"
+            lines.append([self.bench, setting, name, self._time(name), spread, f"{wall['median']:.2f}", verdict])
+        return lines
+
+    def _time(self, name: str) -> str:
+        return f"{self.times[name].summary()[self.clock]['median'] * 1e3:.4g} ms per {self.unit}"
+
+
+class Report:
+    """Collects rows; writes `<folder>/<date>-<machine>.json` after each and the Markdown table with it."""
+
+    def __init__(self, folder: Path | None, machine: str | None):
+        self.rows: list[Row] = []
+        self.machine = machine or machine_name()
+        self.path = folder / f"{datetime.date.today():%Y-%m-%d}-{self.machine}.json" if folder else None
+
+    def add(self, row: Row) -> None:
+        """Print the row and save everything so far."""
+        self.rows.append(row)
+        for line in row.lines():
+            print("  ".join(line), flush=True)
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            record = {"environment": environment(), "rows": [row.to_dict() for row in self.rows]}
+            self.path.write_text(json.dumps(record, indent=1) + "\n")
+            self.path.with_suffix(".md").write_text(self.markdown())
+
+    def markdown(self) -> str:
+        found = environment()
+        versions = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
+        head = ["bench", "setting", "contestant", "time (median)", "times faster (range)", "wall", "target"]
+        table = [head, ["---"] * len(head), *(line for row in self.rows for line in row.lines())]
+        return (
+            f"# Benchmark, {datetime.date.today():%Y-%m-%d}, {found['processor']}, {found['cores']} cores\n\n"
+            f"Code {found['commit']}; {versions}. Contestants take turns in one process after an equality\n"
+            "check. Process CPU time on a CPU, wall time on a GPU; the ratio is the median over rounds.\n\n"
+            + "\n".join("| " + " | ".join(cells) + " |" for cells in table)
+            + "\n"
+        )
+
+
+def environment() -> dict[str, Any]:
+    """What a reader needs to judge the numbers: processor, versions, commit. No host name."""
+    installed = {d.name: d.version for d in importlib.metadata.distributions() if d.name in PACKAGES}
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        "packages": dict(sorted(installed.items())),
+        "commit": _commit(),
+    }
+
+
+def machine_name() -> str:
+    """A short name of the processor, for the file name."""
+    words = re.sub(r"\(\w+\)|@.*|\bCPU\b|\bProcessor\b", "", _processor()).lower()
+    return re.sub(r"[^a-z0-9]+", "-", f"{words} {os.cpu_count()}-cores").strip("-")
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M) if cpuinfo.is_file() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
