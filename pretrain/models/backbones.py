@@ -72,7 +72,8 @@ def create_backbone(config: ModelConfig, *, drop_path: float = 0.0) -> nn.Module
     if type(backbone) is VisionTransformer and backbone.pos_embed is not None:
         # timm chooses the class by the model's name; the subclass changes methods only.
         backbone.__class__ = PositionalViT
-        backbone.__dict__["pos_interpolation"] = config.pos_interpolation
+        assert isinstance(backbone, PositionalViT)
+        backbone.pos_interpolation = config.pos_interpolation
     elif config.pos_interpolation == "dino":
         raise UsageError(
             f"model.pos_interpolation=dino needs a plain ViT with learned positions, found {config.name}: use timm"
@@ -185,7 +186,7 @@ def _create_timm(config: ModelConfig, drop_path: float) -> nn.Module:
 
 
 def _init_vit(backbone: nn.Module, init: Literal["dino", "xavier"]) -> None:
-    """`dino`: normal of std .02, truncated, for Linear weights, positions and CLS; the patch convolution keeps PyTorch's.
+    """`dino`: truncated normal of std .02 for Linear weights, positions and CLS; the patch convolution as PyTorch does.
 
     `xavier`: Xavier uniform for Linear weights and the patch convolution seen as a Linear, the rest as `dino`.
     """

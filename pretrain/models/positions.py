@@ -13,9 +13,10 @@ The two rules differ in the values (PROTOCOLS: official vision_transformer.py, `
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
@@ -38,11 +39,13 @@ class PositionalViT(VisionTransformer):
         patches = self.patch_embed(images[..., : rows * patch_height, : columns * patch_width])
         return self.norm_pre(self.patch_drop(self._pos_embed(patches, square=height == width)))
 
-    def forward_features(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """Images [B, 3, H, W] -> normalised tokens [B, prefix + N, D]."""
+    def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Images [B, 3, H, W] -> normalised tokens [B, prefix + N, D]; further arguments go to the blocks."""
         x = self.embed(x)
+        if self.grad_checkpointing and self.training:
+            return self.norm(checkpoint_seq(self.blocks, x))
         for block in self.blocks:
-            x = block(x)
+            x = block(x, *args, **kwargs)
         return self.norm(x)
 
     def positions(self, rows: int, columns: int, square: bool) -> Tensor:

@@ -34,6 +34,8 @@ class Prototypes(nn.Module):
         train_magnitude: train the magnitudes g of `weight_norm` (DINO's `norm_last_layer=False`).
     """
 
+    kind: PrototypeKind
+
     def __init__(self, dim: int, num: int, kind: PrototypeKind = "weight_norm", train_magnitude: bool = False):
         super().__init__()
         if kind not in KINDS:
@@ -68,7 +70,7 @@ class Prototypes(nn.Module):
         return f"dim={self.dim}, num={self.num}, kind={self.kind}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Accept the three layouts in the wild and turn them into this module's own (`cosine` keeps directions only)."""
+        """Accept the three layouts in the wild as this module's own (`cosine` keeps directions only)."""
         for key, value in _in_layout_of(self.kind, state_dict, prefix).items():
             state_dict[prefix + key] = value
         super()._load_from_state_dict(state_dict, prefix, *args)
