@@ -1,0 +1,157 @@
+"""Image sets of the user: folders or archives of image files, and NumPy archives.
+
+Layouts of a folder, found from the paths alone: `<split>/<class>/...`, `<split>/...`, `<class>/...`, or flat. One folder
+around everything is looked through. There are labels where every image of the split lies in a class folder; classes are in
+alphabetical order, as in torchvision's ImageFolder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pretrain.data.images import ArraySource, FileSource, ImageSet, array_fingerprint
+from pretrain.data.stores import Store, open_store
+from pretrain.errors import DinobenchError, UsageError, unknown_name
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+SPLITS = ("train", "val", "test")
+MAX_HASHED_BYTES = 512 << 20
+"""Sets up to this size are identified by the content of every file, larger ones by names and sizes."""
+_LAYOUTS = "<split>/<class>/<image>, <class>/<image> or <image>"
+
+
+def open_folder(path: Path, split: str, name: str, *, needs_splits: bool = False) -> ImageSet:
+    """The images of one split of a folder or archive.
+
+    Args:
+        path: Folder, or .tar, .tar.gz, .zip.
+        split: "train" for everything where there are no split folders; "test" may be called "val" and the reverse.
+        name: What the set is called in receipts.
+        needs_splits: Whether folders train/ and val/ must be there.
+    """
+    store = open_store(path)
+    names = sorted(n for n in store.sizes if n.lower().endswith(IMAGE_SUFFIXES) and not _hidden(n))
+    if not names:
+        raise DinobenchError(f"{path} holds no images; expected {_LAYOUTS} ({', '.join(IMAGE_SUFFIXES)})")
+    prefix = _common_folder(names)
+    found = sorted({first for n in names if "/" in (rest := n[len(prefix) :]) and (first := rest.split("/")[0]) in SPLITS})
+    if needs_splits and not {"train", "val"} <= set(found):
+        raise DinobenchError(f"{path}: expected the folders train/ and val/, one folder per class in each; found {found}")
+    if found:
+        split = _split_folder(split, found, name)
+        prefix = f"{prefix}{split}/"
+        names = [n for n in names if n.startswith(prefix)]
+    elif split != "train":
+        raise UsageError(
+            f"{path} has no split folders: all of it is 'train' and there is no {split!r}. "
+            f"Use 'train[:0.8]' and 'train[0.8:]', or put the images in folders train/ and val/."
+        )
+    relative = [n[len(prefix) :] for n in names]
+    labels, classes = _labels(relative)
+    fingerprint = files_fingerprint(store, names, relative)
+    return ImageSet(name, split, fingerprint, FileSource(store, names, str(path)), labels=labels, classes=classes)
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in name.split("/") if part != ".")
+
+
+def _common_folder(names: list[str]) -> str:
+    """The folders around everything: "pack/" of "pack/train/a.png"; a split folder is not looked through."""
+    prefix = ""
+    while True:
+        firsts = {n[len(prefix) :].partition("/")[:2] for n in names}
+        first, slash = firsts.pop()
+        if firsts or not slash or first in SPLITS:
+            return prefix
+        prefix += f"{first}/"
+
+
+def _split_folder(split: str, found: list[str], name: str) -> str:
+    if split in found:
+        return split
+    other = {"val": "test", "test": "val"}.get(split)
+    if other in found:
+        return other
+    raise unknown_name(f"split of {name}", split, found)
+
+
+def _labels(relative: list[str]) -> tuple[torch.Tensor | None, tuple[str, ...]]:
+    """Labels by first folder, if every image is in one."""
+    if not all("/" in n for n in relative):
+        return None, ()
+    folders = [n.split("/")[0] for n in relative]
+    classes = tuple(sorted(set(folders)))
+    number = {c: k for k, c in enumerate(classes)}
+    return torch.tensor([number[f] for f in folders], dtype=torch.int64), classes
+
+
+def files_fingerprint(store: Store, names: list[str], relative: list[str]) -> str:
+    """Hash of the files' relative names and contents; of names and sizes where there is too much to read."""
+    hashed = sum(store.sizes[n] for n in names) <= MAX_HASHED_BYTES
+    digest = hashlib.sha256(b"contents" if hashed else b"sizes")
+    for name, short in zip(names, relative, strict=True):
+        digest.update(f"\0{short}\0{store.sizes[name]}\0".encode())
+        if hashed:
+            digest.update(store.read(name))
+    return digest.hexdigest()
+
+
+def open_npz(path: Path, split: str, name: str) -> ImageSet:
+    """Images (uint8, gray or RGB) and labels of a NumPy archive; object arrays are refused."""
+    if not path.is_file():
+        raise DinobenchError(f"no such file: {path}")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            images_key, labels_key = _npz_keys(path, split, archive.files)
+            images = archive[images_key]
+            labels = archive[labels_key] if labels_key else None
+    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        if isinstance(error, DinobenchError):
+            raise
+        raise DinobenchError(f"cannot read {path} ({error}); expected a NumPy archive without objects") from error
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise DinobenchError(
+            f"{path}: {images_key} is {images.dtype} {images.shape}; expected uint8 [N, H, W], [N, H, W, 3] or [N, 3, H, W]"
+        )
+    if images.shape[-1] in (1, 3):
+        images = images.transpose(0, 3, 1, 2)
+    if images.shape[1] not in (1, 3):
+        raise DinobenchError(f"{path}: {images_key} {images.shape} has no axis of 1 or 3 colours")
+    targets = None if labels is None else _npz_labels(path, labels, len(images))
+    classes = () if targets is None else tuple(str(k) for k in range(int(targets.max()) + 1)) if len(targets) else ()
+    pixels = torch.from_numpy(np.ascontiguousarray(images))
+    return ImageSet(
+        name, split, array_fingerprint(pixels, targets), ArraySource(pixels), labels=targets, classes=classes
+    )
+
+
+def _npz_keys(path: Path, split: str, keys: list[str]) -> tuple[str, str | None]:
+    """The names of the images and labels of a split."""
+    if split == "train" and "images" in keys:
+        return "images", "labels" if "labels" in keys else None
+    found = sorted(k.removesuffix("_images") for k in keys if k.endswith("_images"))
+    if not found:
+        raise UsageError(
+            f"{path} holds {sorted(keys)}: expected `images` (and `labels`), which are its train split, "
+            f"or `train_images`, `test_images`, ..."
+        )
+    split = _split_folder(split, found, path.name)
+    return f"{split}_images", f"{split}_labels" if f"{split}_labels" in keys else None
+
+
+def _npz_labels(path: Path, labels: np.ndarray, count: int) -> torch.Tensor:
+    labels = labels.reshape(len(labels), -1)
+    if labels.shape != (count, 1) or not np.issubdtype(labels.dtype, np.integer) or labels.min(initial=0) < 0:
+        raise DinobenchError(
+            f"{path}: labels {labels.dtype} {labels.shape} for {count} images; expected one whole number >= 0 each"
+        )
+    return torch.from_numpy(labels[:, 0].astype(np.int64))

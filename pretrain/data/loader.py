@@ -1,0 +1,179 @@
+"""Batches of views, endless, resumable at any step, the same for any number of ranks and workers.
+
+The order of the images is a permutation drawn from (seed, epoch); step s of an epoch takes the s-th slice of it, and each
+rank its part of that slice. The last, incomplete batch of an epoch is dropped, as in the official code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pretrain.data.images import ImageSet
+from pretrain.data.random_bits import mix_words
+from pretrain.data.views import ViewsConfig
+from pretrain.data.views_batched import BatchedViews
+from pretrain.data.views_pil import PilViews
+from pretrain.errors import UsageError
+
+Key = tuple[int, int]
+"""Epoch and number of an image: what its views depend on."""
+
+
+@dataclass
+class Batch:
+    """One step's views of this rank's images."""
+
+    views: list[Tensor]
+    """[g1, g2, l1, ...], each float32 [B, 3, s, s], normalised."""
+    index: Tensor
+    """Numbers of the images in the set, int64 [B]."""
+    epoch: int
+
+
+def permutation(length: int, seed: int, epoch: int) -> Tensor:
+    """The order of the images in an epoch, int64 [length]."""
+    generator = torch.Generator().manual_seed(mix_words(seed, epoch) >> 1)
+    return torch.randperm(length, generator=generator)
+
+
+class Loader:
+    """Feeds one rank.
+
+    Args:
+        images: The set.
+        views: The views to make.
+        batch_size: Images per step over all ranks.
+        seed: Decides order and views.
+        rank: This process among `world_size`.
+        world_size: Number of processes.
+        workers: Processes that decode (0: this one). Sets in memory with batched views need none.
+        device: Where the views are wanted, and where batched views are computed.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        views: ViewsConfig,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if batch_size < 1 or batch_size % world_size:
+            raise UsageError(f"a batch of {batch_size} images cannot be shared by {world_size} processes")
+        if len(images) < batch_size:
+            raise UsageError(
+                f"the dataset {images.name} {images.split} has {len(images)} images, fewer than the batch of {batch_size}: "
+                f"lower the batch size or use more images"
+            )
+        self.images, self.views, self.seed = images, views, seed
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.workers, self.device = workers, torch.device(device)
+        self.steps_per_epoch = len(images) // batch_size
+        self._order: tuple[int, Tensor] | None = None
+
+    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+        """Batches from this step (counted from the start of training) on, without end."""
+        if self.views.backend == "batched" and self.images.array is not None:
+            return self._from_memory(start_step)
+        return self._from_workers(start_step)
+
+    def index(self, step: int) -> tuple[int, Tensor]:
+        """Epoch and this rank's images of a step, int64 [B]."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, permutation(len(self.images), self.seed, epoch))
+        share = self.batch_size // self.world_size
+        start = position * self.batch_size + self.rank * share
+        return epoch, self._order[1][start : start + share]
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        # Pinned memory lets the copy run beside the computation.
+        return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(self.device, non_blocking=True)
+
+    def _from_memory(self, step: int) -> Iterator[Batch]:
+        """The whole set lies on the device; a batch is a gather and the batched views."""
+        assert self.images.array is not None
+        array = self.images.array.to(self.device)
+        make = BatchedViews(self.views, self.seed)
+        while True:
+            epoch, index = self.index(step)
+            index = self._to_device(index)
+            yield Batch(make(array.index_select(0, index), None, index, epoch), index, epoch)
+            step += 1
+
+    def _from_workers(self, step: int) -> Iterator[Batch]:
+        """Images are decoded (`pil`: and viewed) in the workers, batched views made on the device."""
+        pil = PilViews(self.views, self.seed) if self.views.backend == "pil" else None
+        make = BatchedViews(self.views, self.seed)
+        loader = DataLoader(
+            _Decoded(self.images, pil),
+            batch_sampler=_Keys(self, step),
+            num_workers=self.workers,
+            collate_fn=_stack if pil else _pad,
+            pin_memory=self.device.type == "cuda",
+            # Its own generator: a loader takes one number from the global one otherwise.
+            generator=torch.Generator(),
+        )
+        for (epoch, index), content in loader:
+            index = self._to_device(index)
+            tensors = [self._to_device(tensor) for tensor in content]
+            views = tensors if pil else make(tensors[0], tensors[1], index, epoch)
+            yield Batch(views, index, epoch)
+
+
+class _Keys:
+    """Sampler of the images of each step from `step` on."""
+
+    def __init__(self, loader: Loader, step: int) -> None:
+        self.loader, self.step = loader, step
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        step = self.step
+        while True:
+            epoch, index = self.loader.index(step)
+            yield [(epoch, number) for number in index.tolist()]
+            step += 1
+
+
+class _Decoded(Dataset[tuple[Key, list[Tensor]]]):
+    """(epoch, number) -> pixels of the image, or its views where they are made with PIL."""
+
+    def __init__(self, images: ImageSet, pil: PilViews | None) -> None:
+        self.images, self.pil = images, pil
+
+    def __getitem__(self, key: Key) -> tuple[Key, list[Tensor]]:
+        epoch, number = key
+        if self.pil is None:
+            return key, [self.images.pixels(number)]
+        return key, self.pil(self.images.image(number), number, epoch)
+
+
+def _keys(samples: list[tuple[Key, list[Tensor]]]) -> tuple[int, Tensor]:
+    return samples[0][0][0], torch.tensor([key[1] for key, _ in samples])
+
+
+def _stack(samples: list[tuple[Key, list[Tensor]]]) -> tuple[tuple[int, Tensor], list[Tensor]]:
+    """Views of each image -> one tensor per view."""
+    return _keys(samples), [torch.stack(view) for view in zip(*(views for _, views in samples), strict=True)]
+
+
+def _pad(samples: list[tuple[Key, list[Tensor]]]) -> tuple[tuple[int, Tensor], list[Tensor]]:
+    """Images of different sizes -> uint8 [B, 3, H, W], zero outside each, and their sizes [B, 2]."""
+    images = [pixels for _, (pixels,) in samples]
+    sizes = torch.tensor([image.shape[1:] for image in images])
+    height, width = sizes.amax(0).tolist()
+    batch = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+    for row, image in zip(batch, images, strict=True):
+        row[:, : image.shape[1], : image.shape[2]] = image
+    return _keys(samples), [batch, sizes]
