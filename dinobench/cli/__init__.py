@@ -1,1 +1,1 @@
-""""""
+"""The command line: `app` and one file per verb."""

@@ -1,0 +1,106 @@
+"""The command `dinobench`. Verbs are in the files beside this one; heavy imports happen inside their functions.
+
+Exit codes: 0 ok, 1 bug, 2 usage, 3 the user can mend it, 4 a check failed, 130/143 interrupted after a checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from dinobench.cli import doctor, ls, runs, show, ui
+from dinobench.cli import eval as evaluation
+from dinobench.cli import pretrain as pretraining
+from pretrain.errors import DinobenchError
+
+app = typer.Typer(
+    name="dinobench",
+    help="Pretrain DINO and its relatives, benchmark every checkpoint, compare the methods side by side.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Pretrain DINO and its relatives, benchmark every checkpoint, compare the methods side by side."""
+
+
+app.command("pretrain", rich_help_panel="Work")(pretraining.run_pretraining)
+app.command("eval", rich_help_panel="Work")(evaluation.run_evaluation)
+app.command("ui", rich_help_panel="Look")(ui.run_server)
+app.command("show", rich_help_panel="Look")(show.show)
+app.command("ls", rich_help_panel="Look")(ls.list_catalogue)
+app.add_typer(runs.app, name="runs", rich_help_panel="Look")
+app.command("doctor", rich_help_panel="Look")(doctor.run_checks)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command line and return its exit code. Errors become one sentence on stderr."""
+    # accepted anywhere on the line: the one who needs it adds it at the end of the command that failed
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = app(arguments, standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except KeyboardInterrupt:
+        return _tell("interrupted", 130)
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BrokenPipeError:
+        # `dinobench ls ... | head` closed the pipe: not an error, but Python would complain once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        return _explain(error)
+
+
+def _explain(error: Exception) -> int:
+    if isinstance(error, DinobenchError):
+        return _tell(f"error: {error}", error.exit_code)
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's, wherever Typer keeps it
+        return _tell(_usage_message(error), 2) if error.format_message() else 2  # type: ignore[attr-defined]
+    if type(error).__name__ == "Abort":
+        return _tell("interrupted", 130)
+    from dinobench.tracking import masked
+
+    reason = masked(" ".join(str(error).split()))
+    return _tell(
+        f"bug: {type(error).__name__}: {reason} (this should not happen; run it again with --debug for the traceback "
+        "and report it)",
+        1,
+    )
+
+
+def _usage_message(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "dinobench"
+    return f"error: {error.format_message()} (see `{command} --help`)"  # type: ignore[attr-defined]
+
+
+def _tell(text: str, code: int) -> int:
+    print(text, file=sys.stderr)
+    return code
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """SIGTERM outside the training loop (which has its own handler): leave through the `finally` blocks."""
+    raise SystemExit(128 + number)

@@ -1,0 +1,82 @@
+"""`dinobench show CKPT|RUN`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from pretrain.models.checkpoint import LoadedModel
+
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+def show(
+    path: Annotated[Path, typer.Argument(metavar="CKPT|RUN", help="A checkpoint file or a run folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Show what a checkpoint or a run holds, the precisions kappa of its prototypes among it."""
+    from dinobench.cli.output import print_json
+
+    document = describe_run(path) if path.is_dir() else describe_checkpoint(path)
+    if as_json:
+        return print_json(document)
+    _print_section("", document)
+
+
+def describe_run(path: Path) -> dict[str, Any]:
+    """State, last metrics, scores and last checkpoint of a run."""
+    from dinobench.cli.runs import describe
+    from dinobench.runs import open_run
+
+    run = open_run(path)
+    points = run.journal.read()
+    facts: dict[str, Any] = {**describe(run), **run.state().model_dump(exclude={"key", "status", "step"})}
+    facts["metrics"] = {"step": points[-1].step, **points[-1].finite()} if points else {}
+    if run.last_checkpoint.is_file():
+        facts["checkpoint"] = describe_checkpoint((run.kept_checkpoints() or [run.last_checkpoint])[-1])
+    return facts
+
+
+def describe_checkpoint(path: Path) -> dict[str, Any]:
+    """Where a checkpoint comes from, what is in it, and the spread of its prototypes."""
+    from dinobench.results import plain
+    from pretrain.models.checkpoint import load
+
+    model = load(path)
+    parameters = sum(parameter.numel() for parameter in model.backbone.parameters())
+    return {
+        **plain(model.provenance),
+        "backbone_parameters": parameters,
+        "normaliser": model.normaliser,
+        "temperature": model.temperature,
+        "prototypes": prototype_statistics(model),
+    }
+
+
+def prototype_statistics(model: LoadedModel) -> dict[str, Any]:
+    """Number of prototypes, and quantiles of their norms and precisions kappa = norm / teacher temperature."""
+    import torch
+
+    if model.prototypes is None:
+        return {}
+    norms = model.prototypes.norms().detach().float().flatten()
+    levels = norms.quantile(torch.tensor(QUANTILES)).tolist()
+    names = [f"q{round(100 * level):02d}" for level in QUANTILES]
+    statistics: dict[str, Any] = {"number": len(norms), "norm": dict(zip(names, levels, strict=True))}
+    if model.temperature:
+        statistics["kappa"] = {name: level / model.temperature for name, level in statistics["norm"].items()}
+    return statistics
+
+
+def _print_section(indent: str, values: dict[str, Any]) -> None:
+    from dinobench.cli.output import print_text
+
+    for key, value in values.items():
+        if isinstance(value, dict):
+            print_text(f"{indent}{key}:{'' if value else ' none'}")
+            _print_section(f"{indent}  ", value)
+        else:
+            print_text(f"{indent}{key}: {f'{value:.4g}' if isinstance(value, float) else value}")

@@ -1,0 +1,104 @@
+"""What a visitor of the tracking pages gets to read about a run and about a result: names, parameters, descriptions.
+
+Only what varies between runs is a parameter (10 to 15 of them): the pages make axes of them. The whole recipe is an
+artifact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dinobench.results import Result
+from dinobench.runs import RunFolder
+from dinobench.tracking import Entry
+
+PARAMETERS = {
+    "method": "method.name",
+    "train_data": "data.name",
+    "batch_size": "optim.batch_size",
+    "epochs": "schedule.epochs",
+    "lr": "optim.lr",
+    "prototypes": "head.prototypes",
+    "num_prototypes": "head.num_prototypes",
+    "normaliser": "head.normaliser",
+    "batch_norm": "head.batch_norm",
+    "centring": "target.centring",
+    "local_crops": "views.local",
+    "seed": "seed",
+}
+BASELINES = {"pixels": "raw pixels", "pca": "PCA", "random": "random init"}
+"""Baselines in the order in which they are shown."""
+
+
+def recipe_parameters(recipe: dict[str, Any]) -> dict[str, str]:
+    """The parameters of a recipe that tell runs apart, as MLflow wants them: short strings."""
+    values = {name: _dig(recipe, dotted) for name, dotted in PARAMETERS.items()}
+    return {name: str(value) for name, value in values.items() if value is not None}
+
+
+def run_name(method: str, seed: object, *rest: object) -> str:
+    """What differs first, because tables cut names at 16 characters."""
+    return "/".join(str(part) for part in (method, f"s{seed}", *rest) if part not in ("", None))
+
+
+def run_description(run: RunFolder, results: Sequence[Result]) -> str:
+    """Markdown: the results of the last checkpoint first, then where everything lies."""
+    return f"{score_table(results)}\n\nRun folder: `{run.path.absolute()}`".strip()
+
+
+def score_table(results: Sequence[Result]) -> str:
+    """Markdown table of headline scores beside their baselines, for the latest step among the results."""
+    if not results:
+        return ""
+    last = max(result.provenance.get("step") or 0 for result in results)
+    shown = [result for result in results if (result.provenance.get("step") or 0) == last]
+    rows = [f"| suite | score | step {last} | {' | '.join(BASELINES.values())} |", "|---|---|---|---|---|---|"]
+    for result in shown:
+        baselines = " | ".join(number(result.baseline(name)) for name in BASELINES)
+        rows.append(f"| {result.suite} | {result.headline} | **{number(result.score)}** | {baselines} |")
+    return "\n".join(rows)
+
+
+def number(value: float | None) -> str:
+    """A score with one decimal, a dash where there is none."""
+    return "-" if value is None or math.isnan(value) else f"{value:.1f}"
+
+
+def result_entry(result: Result, siblings: Sequence[Result], file: Path | None, recipe: dict[str, Any] | None) -> Entry:
+    """A result as MLflow gets it; `siblings` are the results of the same checkpoint, for its description."""
+    facts = result.provenance
+    method = str(facts.get("method") or "model")
+    arch = str(facts.get("arch") or facts.get("label") or "")
+    params = recipe_parameters(recipe) if recipe else {"method": method}
+    params |= {"arch": arch, "epoch": str(facts.get("epoch")), "step": str(facts.get("step"))}
+    metrics = {result.metric(name): value for name, value in result.scores.items() if value is not None}
+    return Entry(
+        dataset=result.dataset,
+        dataset_digest=str(result.receipt.get("dataset_fingerprint") or "unknown"),
+        version=result.version,
+        suite=result.suite,
+        checkpoint=str(facts["sha256"]),
+        name=run_name(method, facts.get("seed"), f"ep{facts.get('epoch')}", arch),
+        step=int(facts.get("step") or 0),
+        metrics=metrics,
+        headline=result.metric(result.headline),
+        params=params,
+        tags={
+            "method": method,
+            "backbone": arch,
+            "checkpoint.path": result.checkpoint,
+            "checkpoint.epoch": str(facts.get("epoch")),
+            "data.train": str(params.get("train_data", "")),
+        },
+        description=f"{score_table(siblings)}\n\nCheckpoint: `{result.checkpoint}`",
+        files=(file,) if file else (),
+    )
+
+
+def _dig(values: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values

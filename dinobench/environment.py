@@ -1,0 +1,55 @@
+"""What a run ran on: machine, package versions, commit. No environment variables: they hold secrets."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("dinobench", "torch", "torchvision", "timm", "numpy", "faiss-gpu", "faiss-cpu", "scikit-learn", "mlflow")
+
+
+def package_versions() -> dict[str, str]:
+    """Version of each of our packages that is installed."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def code_commit() -> dict[str, Any]:
+    """Commit of the checkout that runs, and whether it has changes; empty for an installed package."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return {}
+    commit = _git(root, "rev-parse", "HEAD")
+    return {"commit": commit, "dirty": bool(_git(root, "status", "--porcelain", "-uno"))} if commit else {}
+
+
+def describe(command: str, device: str, time: str, resumed_at: int | None) -> dict[str, Any]:
+    """One entry of environment.json."""
+    return {
+        "time": time,
+        "command": command,
+        "resumed_at_step": resumed_at,
+        "device": device,
+        "cpu_count": os.cpu_count(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": package_versions(),
+        "code": code_commit(),
+    }
+
+
+def _git(root: Path, *arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,73 @@
+"""metrics.jsonl, the truth of a run: one line per logging interval. MLflow is a mirror of it.
+
+    {"step": 100, "time": 1763700000.123, "metrics": {"loss/total": 4.9, ...}}
+
+A value that is not finite is written as null: JSON has no NaN, and one such point ruins the axis of a chart.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinobench.files import not_writable, write_text
+
+
+@dataclass(frozen=True)
+class Point:
+    """The metrics of one training step; `time` in seconds since 1970."""
+
+    step: int
+    time: float
+    metrics: dict[str, float]
+
+    def finite(self) -> dict[str, float]:
+        return {key: value for key, value in self.metrics.items() if math.isfinite(value)}
+
+    def to_line(self) -> str:
+        metrics = {key: value if math.isfinite(value) else None for key, value in self.metrics.items()}
+        return json.dumps({"step": self.step, "time": round(self.time, 3), "metrics": metrics})
+
+
+class Journal:
+    """Appends points to metrics.jsonl and reads them back."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def append(self, metrics: dict[str, float], step: int) -> Point:
+        """Write one point; it is on disk (but for a power cut) when this returns."""
+        point = Point(step, time.time(), {key: float(value) for key, value in metrics.items()})
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(point.to_line() + "\n")
+        except OSError as error:
+            raise not_writable(self.path, error) from error
+        return point
+
+    def read(self) -> list[Point]:
+        """All whole lines, in order; a last line cut short by a kill is left out."""
+        if not self.path.is_file():
+            return []
+        points = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+                metrics = {key: math.nan if value is None else value for key, value in entry["metrics"].items()}
+                points.append(Point(entry["step"], entry["time"], metrics))
+            except (ValueError, KeyError, TypeError):
+                continue
+        return points
+
+    def cut(self, step: int) -> None:
+        """Drop what came after `step`: the steps that a resumed training does again."""
+        kept = [point for point in self.read() if point.step <= step]
+        write_text(self.path, "".join(point.to_line() + "\n" for point in kept))
+
+    def curve(self, key: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one metric."""
+        points = [(point.step, point.metrics[key]) for point in self.read() if key in point.metrics]
+        return [step for step, _ in points], [value for _, value in points]

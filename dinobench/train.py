@@ -1,0 +1,259 @@
+"""A pretraining from recipe to numbers: folder, loop, tracking, evaluation of its checkpoints, figures.
+
+The loop knows nothing of all this: it gets `log` and `progress` and gives back checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dinobench import environment, plots, tracking
+from dinobench.evaluate import Evaluation, Failure, evaluate, missing
+from dinobench.mirror import Mirror
+from dinobench.results import Result
+from dinobench.runs import RunFolder, RunState, find_run, now
+from pretrain.errors import CheckFailed, DinobenchError
+
+if TYPE_CHECKING:
+    from dinobench.reporter import Reporter
+    from pretrain.training.recipe import Recipe
+    from pretrain.training.runtime import Runtime
+    from suites.suite import Suite
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command asks for, beside the recipe."""
+
+    output: Path
+    command: str
+    """As typed, for messages and environment.json."""
+    resume: bool = False
+    new: bool = False
+    evaluate: bool = True
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a pretraining ended, for printing."""
+
+    run: RunFolder
+    state: RunState
+    trained: bool
+    """False when the run was finished before and nothing was trained."""
+    results: list[Result] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    links: dict[str, str] = field(default_factory=dict)
+    """Pages of the tracking server, without its address."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What rank 0 decided; the other ranks follow it."""
+
+    folder: Path
+    train: bool
+    resume: bool
+
+
+def pretrain(recipe: Recipe, request: Request, reporter: Reporter) -> Summary | None:
+    """Train, continue, or find finished; then evaluate. None on ranks other than 0.
+
+    Raises:
+        DinobenchError: the folder is taken, of another recipe, unfinished without --resume, or the training fails.
+    """
+    from pretrain.training.runtime import Runtime
+    from suites.suite import load_suite
+
+    suites = [load_suite(name) for name in recipe.evaluation.suites]  # a wrong name is told now, not after the training
+    runtime = Runtime.start(recipe.runtime)
+    if not runtime.is_main:
+        return _follow(recipe, runtime)
+    with ExitStack() as held:
+        job = _agree(runtime, lambda: _claim(recipe, request, held))
+        run = RunFolder(job.folder)
+        reporter.keep(run.log_file)
+        reporter.say(f"run folder {run.path}")
+        checkpoints = run.kept_checkpoints()
+        settings = Evaluation(output=request.output, device=recipe.runtime.device)
+        todo = suites if request.evaluate else []
+        if not job.train and not missing(checkpoints, todo, settings):
+            reporter.say("this recipe is finished here: nothing to train (--new starts another run)")
+            results, failures = _evaluate(run, todo, settings, None, lambda text: None)
+            return Summary(run, run.state(), False, results, failures)
+        return _Session(recipe, request, reporter, run, runtime).work(job, todo, settings)
+
+
+def _follow(recipe: Recipe, runtime: Runtime) -> None:
+    """A rank other than 0: trains along, writes and says nothing."""
+    from pretrain.training.loop import train
+
+    try:
+        job = _agree(runtime, None)
+        if job.train:
+            train(recipe, folder=job.folder, resume=job.resume)
+    except DinobenchError as error:  # rank 0 tells it
+        raise SystemExit(error.exit_code) from error
+
+
+def _agree(runtime: Runtime, claim: Callable[[], _Job] | None) -> _Job:
+    """Rank 0 claims the folder; every rank gets its decision, or its error."""
+    answer: list[_Job | DinobenchError | None] = [None]
+    if claim is not None:
+        try:
+            answer = [claim()]
+        except DinobenchError as error:
+            answer = [error]
+    if runtime.world_size > 1:
+        import torch.distributed as dist
+
+        dist.broadcast_object_list(answer, src=0, device=runtime.device)
+    decided = answer[0]
+    if isinstance(decided, DinobenchError):
+        raise decided
+    assert decided is not None
+    return decided
+
+
+def _claim(recipe: Recipe, request: Request, held: ExitStack) -> _Job:
+    """Find and lock the run folder, and decide what there is to do in it."""
+    run = find_run(recipe, request.output, new=request.new)
+    held.enter_context(run.lock())
+    if not run.exists:
+        run.create(recipe)
+        return _Job(run.path, train=True, resume=False)
+    state = run.state()
+    if state.status == "finished":
+        return _Job(run.path, train=False, resume=False)
+    if not request.resume:
+        status = "was killed" if state.status == "running" else f"is {state.status}"
+        raise DinobenchError(
+            f"{run.path} holds an unfinished run of this recipe (it {status}): continue it with --resume, "
+            "or start another with --new"
+        )
+    return _Job(run.path, train=True, resume=True)
+
+
+class _Session:
+    """One start of a run, on rank 0."""
+
+    def __init__(self, recipe: Recipe, request: Request, reporter: Reporter, run: RunFolder, runtime: Runtime):
+        self.recipe, self.request, self.reporter, self.run, self.runtime = recipe, request, reporter, run, runtime
+        self.mirror: Mirror | None = None
+
+    def work(self, job: _Job, suites: Sequence[Suite], settings: Evaluation) -> Summary:
+        """Train if there is something to train, evaluate if it finished, draw, and bring MLflow up to date."""
+        results: list[Result] = []
+        failures: list[Failure] = []
+        first = checkpoint_step(self.run.last_checkpoint) if job.resume else 0
+        if job.train:
+            self.run.journal.cut(first)
+            resumed = first if job.resume else None
+            self.run.started(environment.describe(self.request.command, str(self.runtime.device), now(), resumed))
+        self._start_mirror()
+        try:
+            if job.train:
+                if job.resume:
+                    self.reporter.say(f"resuming at step {first}")
+                self._train(job)
+            draw_figures(self.run)
+            if self.run.state().status == "finished":
+                results, failures = _evaluate(self.run, suites, settings, self.mirror, self.reporter.say)
+        finally:
+            links = self._stop_mirror()
+        return Summary(self.run, self.run.state(), job.train, results, failures, links)
+
+    def _train(self, job: _Job) -> None:
+        from pretrain.training.loop import train
+
+        before = self.run.state().seconds
+        status, note = "failed", ""
+        try:
+            outcome = train(
+                self.recipe,
+                folder=self.run.path,
+                resume=job.resume,
+                log=self._log,
+                on_checkpoint=lambda path, step: self.reporter.say(f"checkpoint {path.name} at step {step}"),
+                progress=self.reporter.progress,
+            )
+            status, note = outcome.status, outcome.note
+            self.run.update(
+                step=outcome.step, seconds=before + outcome.seconds, images_per_second=outcome.images_per_second
+            )
+        except KeyboardInterrupt:
+            status, note = "interrupted", "SIGINT"
+            raise
+        except CheckFailed as error:
+            status, note = "collapsed", str(error)
+            raise
+        except BaseException as error:
+            note = str(error)
+            raise
+        finally:
+            self.reporter.close_bar()
+            self.run.update(status=status, note=note)
+            if self.mirror:
+                self.mirror.finish(status)
+
+    def _log(self, metrics: dict[str, float], step: int) -> None:
+        point = self.run.journal.append(metrics, step)
+        if self.mirror:
+            self.mirror.log(point)
+
+    def _start_mirror(self) -> None:
+        if not self.recipe.tracking.enabled:
+            return
+        uri = tracking.tracking_uri(self.request.output)
+        self.reporter.say(f"tracking in {tracking.masked(uri)}")
+        self.mirror = Mirror(self.run, uri, self.reporter.warn)
+        if self.recipe.tracking.require:
+            self.mirror.require()
+
+    def _stop_mirror(self) -> dict[str, str]:
+        if self.mirror is None:
+            return {}
+        self.mirror.close()
+        return self.mirror.links
+
+
+def _evaluate(
+    run: RunFolder, suites: Sequence[Suite], settings: Evaluation, mirror: Mirror | None, say: Callable[[str], None]
+) -> tuple[list[Result], list[Failure]]:
+    """All suites on every kept checkpoint, the oldest first."""
+    results: list[Result] = []
+    failures: list[Failure] = []
+    for checkpoint in run.kept_checkpoints() if suites else []:
+        done, failed = evaluate(checkpoint, suites, settings, say)
+        results += done
+        failures += failed
+        for result in done:
+            if mirror:
+                mirror.result(result)
+    return results, failures
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The training step of a checkpoint; 0 where there is none yet."""
+    from pretrain.models.checkpoint import read
+
+    return int(read(checkpoint)["step"]) if checkpoint.is_file() else 0
+
+
+def draw_figures(run: RunFolder) -> None:
+    """The curves of a run and the histogram of its last checkpoint's prototypes."""
+    plots.draw_curves(run.journal, run.figures)
+    if not run.last_checkpoint.is_file():
+        return
+    from pretrain.models.checkpoint import load
+
+    model = load(run.last_checkpoint)
+    if model.prototypes is None:
+        return
+    norms = model.prototypes.norms().detach().float().flatten()
+    kappas = (norms / model.temperature).tolist() if model.temperature else None
+    plots.draw_prototypes(norms.tolist(), kappas, run.figures / "prototype_norms.png")
