@@ -42,7 +42,8 @@ class LoadedModel:
     """tau at which this network's prototypes were used when the file was written."""
     provenance: dict[str, Any]
     """path, sha256, format, method, arch, label, step, images_seen, epoch, seed, network, recipe_hash, weights_sha256,
-    matched (number of backbone tensors), missing, unexpected, coverage (percent)."""
+    model (its ModelConfig as plain values), matched (number of backbone tensors), missing, unexpected, coverage
+    (percent)."""
 
     def report(self) -> str:
         """What was loaded, in one line."""
@@ -156,6 +157,7 @@ def _assemble(parts: Parts, network: Network, path: Path, layout: str) -> Loaded
         "format": layout,
         "network": network,
         **parts.facts,
+        "model": parts.model.model_dump(mode="json"),
         "weights_sha256": weights_sha256(backbone),
         "matched": len(matched),
         "missing": missing,
