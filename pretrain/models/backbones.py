@@ -89,7 +89,7 @@ def create_backbone(config: ModelConfig, *, drop_path: float = 0.0) -> nn.Module
 
 def feature_dim(backbone: nn.Module) -> int:
     """D, the size of the pooled features."""
-    return int(getattr(backbone, "head_hidden_size", None) or backbone.num_features)  # type: ignore[arg-type]
+    return int(getattr(backbone, "head_hidden_size", None) or getattr(backbone, "num_features"))  # noqa: B009
 
 
 def has_patch_tokens(backbone: nn.Module) -> bool:
@@ -115,11 +115,12 @@ def last_tokens(backbone: nn.Module, x: Tensor, n: int = 1) -> list[tuple[Tensor
             raise UsageError(f"features of the last {n} blocks need a ViT, found {type(backbone).__name__}: use 1")
         return [(backbone(x), None)]
     _prepare_attention(backbone, x)
-    tokens, outputs = _embed(backbone, x), []
-    for block in backbone.blocks:  # type: ignore[union-attr]
+    vit: Any = backbone
+    tokens, outputs = _embed(vit, x), []
+    for block in vit.blocks:
         tokens = block(tokens)
         outputs = [*outputs, tokens][-n:]
-    return [_split(backbone, backbone.norm(tokens)) for tokens in outputs]  # type: ignore[operator]
+    return [_split(vit, vit.norm(tokens)) for tokens in outputs]
 
 
 def last_self_attention(backbone: nn.Module, x: Tensor) -> Tensor:
@@ -127,8 +128,9 @@ def last_self_attention(backbone: nn.Module, x: Tensor) -> Tensor:
     if not has_patch_tokens(backbone):
         raise UsageError(f"attention maps need a ViT, found {type(backbone).__name__}")
     _prepare_attention(backbone, x)
-    tokens = _embed(backbone, x)
-    *before, last = backbone.blocks  # type: ignore[misc]
+    vit: Any = backbone
+    tokens = _embed(vit, x)
+    *before, last = vit.blocks
     for block in before:
         tokens = block(tokens)
     attention = last.attn
@@ -207,26 +209,25 @@ def _init_vit(backbone: nn.Module, init: Literal["dino", "xavier"]) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def _embed(backbone: nn.Module, x: Tensor) -> Tensor:
+def _embed(vit: Any, x: Tensor) -> Tensor:
     """Images [B, 3, H, W] -> tokens before the first block."""
     from pretrain.models.positions import PositionalViT
 
-    if isinstance(backbone, PositionalViT):
-        return backbone.embed(x)
-    tokens = backbone._pos_embed(backbone.patch_embed(x))  # type: ignore[operator]
-    return backbone.norm_pre(backbone.patch_drop(tokens))  # type: ignore[operator]
+    if isinstance(vit, PositionalViT):
+        return vit.embed(x)
+    return vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x))))
 
 
-def _split(backbone: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def _split(vit: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens [B, prefix + N, D] -> CLS (or pooled patches, for a ViT without CLS) [B, D], patches [B, N, D]."""
-    patches = tokens[:, backbone.num_prefix_tokens :]
-    return (tokens[:, 0] if backbone.has_class_token else patches.mean(1)), patches
+    patches = tokens[:, vit.num_prefix_tokens :]
+    return (tokens[:, 0] if vit.has_class_token else patches.mean(1)), patches
 
 
 def _set_fused(backbone: nn.Module, fused: bool) -> None:
     for module in backbone.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = fused
+        if "fused_attn" in module.__dict__:
+            module.__dict__["fused_attn"] = fused
 
 
 def _choose_attention(backbone: nn.Module, inputs: tuple[Tensor, ...]) -> None:

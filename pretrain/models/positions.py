@@ -49,20 +49,21 @@ class PositionalViT(VisionTransformer):
         return self.norm(x)
 
     def positions(self, rows: int, columns: int, square: bool) -> Tensor:
-        """The position embedding [1, prefix + rows * columns, D] of a grid of patches."""
+        """The position embedding [1, prefix + rows * columns, D] of a grid of patches of an image, square or not."""
+        stored = self.pos_embed
+        assert stored is not None
         old_rows, old_columns = self.patch_embed.grid_size
         if self.pos_interpolation == "dino":
             keep = rows * columns == old_rows * old_columns and square
         else:
             keep = (rows, columns) == (old_rows, old_columns)
         if keep:
-            return self.pos_embed
+            return stored
         num_prefix = 0 if self.no_embed_class else self.num_prefix_tokens
-        prefix, grid = self.pos_embed[:, :num_prefix], self.pos_embed[:, num_prefix:]
-        resampling = self._resampling(rows, columns)
-        with torch.autocast(grid.device.type, enabled=False):  # the official code interpolates in full precision
-            grid = (resampling @ grid[0]).unsqueeze(0)
-        return torch.cat([prefix, grid], dim=1)
+        resampling = self._resampling(rows, columns, stored)
+        with torch.autocast(stored.device.type, enabled=False):  # the official code interpolates in full precision
+            grid = (resampling @ stored[0, num_prefix:]).unsqueeze(0)
+        return torch.cat([stored[:, :num_prefix], grid], dim=1)
 
     def _pos_embed(self, x: Tensor, square: bool | None = None) -> Tensor:
         """Patches [B, h, w, D] -> tokens [B, prefix + h * w, D]; replaces timm's method of this name."""
@@ -79,13 +80,15 @@ class PositionalViT(VisionTransformer):
         patch_height, patch_width = self.patch_embed.patch_size
         return height // patch_height, width // patch_width
 
-    def _resampling(self, rows: int, columns: int) -> Tensor:
+    def _resampling(self, rows: int, columns: int, like: Tensor) -> Tensor:
         """R [rows * columns, N], made once per size, precision and device."""
-        cache: dict[tuple, Tensor] = self.__dict__.setdefault("_resampling_cache", {})
-        key = (rows, columns, self.pos_embed.dtype, self.pos_embed.device)
+        cache: dict[tuple[int, int, torch.dtype, torch.device], Tensor]
+        cache = self.__dict__.setdefault("_resampling_cache", {})
+        key = (rows, columns, like.dtype, like.device)
         if key not in cache:
-            matrix = resampling_matrix(self.patch_embed.grid_size, (rows, columns), self.pos_interpolation)
-            cache[key] = matrix.to(self.pos_embed.device, self.pos_embed.dtype)
+            with torch.inference_mode(False):  # made while evaluating, it must serve a later training step too
+                matrix = resampling_matrix(self.patch_embed.grid_size, (rows, columns), self.pos_interpolation)
+                cache[key] = matrix.to(like.device, like.dtype)
         return cache[key]
 
 

@@ -49,6 +49,7 @@ class Prototypes(nn.Module):
         else:
             # Unit length, so that all kinds start from the same function.
             self.weight = nn.Parameter(F.normalize(directions, dim=1))
+        self.register_load_state_dict_pre_hook(_accept_layouts)
 
     def vectors(self) -> Tensor:
         """The effective matrix W [K, P]. Form it once per step and share it between the crops."""
@@ -69,12 +70,6 @@ class Prototypes(nn.Module):
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num={self.num}, kind={self.kind}"
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Accept the three layouts in the wild as this module's own (`cosine` keeps directions only)."""
-        for key, value in _in_layout_of(self.kind, state_dict, prefix).items():
-            state_dict[prefix + key] = value
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
 
 def kappa(prototypes: Prototypes, temperature: float) -> Tensor:
     """Precision of each prototype, kappa_k = ||w_k|| / tau, [K] in float32 or float64 (DINO-vMF section 3.1)."""
@@ -83,21 +78,24 @@ def kappa(prototypes: Prototypes, temperature: float) -> Tensor:
     return (norms if norms.dtype == torch.float64 else norms.float()) / temperature
 
 
-def _in_layout_of(kind: PrototypeKind, state: dict[str, Any], prefix: str) -> dict[str, Tensor]:
-    """Take the prototypes out of `state` in any layout and give them in the one of `kind`."""
+def _accept_layouts(module: Prototypes, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Turn prototypes in any of the three layouts in the wild into those of `module`, before they are loaded.
+
+    The effective vectors stay the same; `cosine` keeps their directions only.
+    """
     layouts = (
         ("weight_g", "weight_v"),  # torch.nn.utils.weight_norm: DINO, iBOT, DINOv2
         ("parametrizations.weight.original0", "parametrizations.weight.original1"),  # its successor
         ("weight",),  # nn.Linear: DINOv3, and the kinds cosine and free here
     )
     found = next((names for names in layouts if all(prefix + name in state for name in names)), None)
-    own = ("weight_g", "weight_v") if kind == "weight_norm" else ("weight",)
+    own = layouts[0] if module.kind == "weight_norm" else layouts[2]
     if found is None or found == own:
-        return {}
+        return
     values = [state.pop(prefix + name) for name in found]
-    if kind == "weight_norm":
-        if len(values) == 1:
-            values = [torch.linalg.vector_norm(values[0], dim=1, keepdim=True), values[0]]
-        return dict(zip(own, values, strict=True))
-    magnitude, direction = values
-    return {"weight": direction if kind == "cosine" else magnitude * F.normalize(direction, dim=1)}
+    magnitude, direction = values if len(values) == 2 else (values[0].norm(dim=1, keepdim=True), values[0])
+    if module.kind == "weight_norm":
+        state[prefix + "weight_g"], state[prefix + "weight_v"] = magnitude, direction
+    else:
+        directions = F.normalize(direction, dim=1)
+        state[prefix + "weight"] = directions if module.kind == "cosine" else magnitude * directions
