@@ -46,7 +46,7 @@ def sample_mixture(seed: int) -> Mixture:
 
 
 def fit(mixture: Mixture, target: Tensor, *, with_normaliser: bool) -> tuple[float, float]:
-    """Fit W to labels [N] or responsibilities [N, K]; gives the cross-entropy and Spearman's rho of ||w|| with kappa."""
+    """Fit W to labels [N] or responsibilities [N, K]; gives cross-entropy and rank correlation of ||w|| with kappa."""
     w = mixture.means.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([w], max_iter=60, history_size=20, line_search_fn="strong_wolfe")
 

@@ -1,0 +1,137 @@
+"""Writing and reading checkpoint files: whole or not at all, tensors and plain values only, clear refusals."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pretrain.errors import DinobenchError
+from pretrain.models import checkpoint_file
+from pretrain.models.checkpoint_file import read, save
+
+
+def test_payload_comes_back_as_it_was(tmp_path: Path) -> None:
+    payload = {
+        "step": 3,
+        "rate": 0.5,
+        "name": "x",
+        "flag": True,
+        "nothing": None,
+        "list": [1, (2, 3)],
+        "state": OrderedDict(a=torch.arange(3), b=torch.nn.Parameter(torch.ones(2))),
+        7: "integer keys, as in an optimiser",
+    }
+    save(tmp_path / "new" / "last.pt", payload)
+    found = read(tmp_path / "new" / "last.pt")
+    assert torch.equal(found["state"].pop("a"), torch.arange(3))
+    assert torch.equal(found["state"].pop("b"), torch.ones(2))
+    assert found == {**{k: v for k, v in payload.items() if k != "state"}, "state": {}}
+
+
+def test_optimiser_state_survives(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    save(tmp_path / "a.pt", {"optimizer": optimizer.state_dict()})
+    other = torch.optim.AdamW(layer.parameters(), fused=True)
+    other.load_state_dict(read(tmp_path / "a.pt")["optimizer"])
+    assert torch.equal(other.state[layer.weight]["exp_avg"], optimizer.state[layer.weight]["exp_avg"])
+
+
+@pytest.mark.parametrize("value", [np.float64(1), np.zeros(2), Path("x"), {1, 2}, argparse.Namespace()])
+def test_value_that_needs_unpickling_is_refused_when_saved(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(TypeError, match=rf"payload\['a'\]\[0\] is a {type(value).__name__}"):
+        save(tmp_path / "a.pt", {"a": [value]})
+    assert not list(tmp_path.iterdir())
+
+
+def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "last.pt"
+    save(path, {"step": 1})
+
+    def full_disk(payload: Any, file: Any) -> None:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_file.torch, "save", full_disk)
+    with pytest.raises(DinobenchError, match="cannot write .*No space left on device.*check the free space"):
+        save(path, {"step": 2})
+    assert read(path) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_leftover_of_a_killed_process_is_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    (tmp_path / ".last.pt.tmp").write_bytes(b"half")
+    save(path, {"step": 2})
+    assert read(path) == {"step": 2}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DinobenchError, match=r"cannot write .*file/last\.pt"):
+        save(tmp_path / "file" / "last.pt", {"step": 1})
+
+
+def test_missing_file_names_its_neighbours(tmp_path: Path) -> None:
+    save(tmp_path / "step=5.pt", {})
+    with pytest.raises(DinobenchError, match=r"no checkpoint at .*last\.pt.*beside it: step=5\.pt"):
+        read(tmp_path / "last.pt")
+
+
+def test_folder_is_refused_with_the_checkpoints_in_it(tmp_path: Path) -> None:
+    save(tmp_path / "checkpoints" / "last.pt", {})
+    with pytest.raises(DinobenchError, match=r"is a folder.*give one of checkpoints.last\.pt"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("part", [0.3, 0.99])
+def test_truncated_file_is_named_as_such(tmp_path: Path, part: float) -> None:
+    path = tmp_path / "a.pt"
+    save(path, {"weights": torch.randn(1000)})
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(part * len(whole))])
+    for mmap in (False, True):
+        with pytest.raises(DinobenchError, match="truncated or damaged"):
+            read(path, mmap=mmap)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello, this is text", b"\x80\x04nonsense"])
+def test_file_that_is_no_checkpoint_is_named_as_such(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.pt"
+    path.write_bytes(content)
+    with pytest.raises(DinobenchError, match=rf"is not a checkpoint \({len(content)} bytes"):
+        read(path)
+
+
+def test_bare_tensor_is_refused(tmp_path: Path) -> None:
+    torch.save(torch.ones(2), tmp_path / "a.pt")
+    with pytest.raises(DinobenchError, match="holds a Tensor; expected a dict"):
+        read(tmp_path / "a.pt")
+
+
+def test_classes_to_unpickle_are_listed_and_refused(tmp_path: Path) -> None:
+    torch.save({"args": argparse.Namespace(lr=1)}, tmp_path / "a.pt")
+    with pytest.raises(DinobenchError, match="asks to unpickle argparse.Namespace"):
+        read(tmp_path / "a.pt")
+
+
+def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
+    class Harmful:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",)
+
+    for name, zipped in (("new.pt", True), ("old.pt", False)):
+        torch.save({"student": Harmful()}, tmp_path / name, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(DinobenchError, match="unpickle|not a checkpoint"):
+            read(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
