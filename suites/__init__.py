@@ -1,1 +1,1 @@
-""""""
+"""What is measured on a frozen checkpoint: features, protocols, suite definitions."""

@@ -1,0 +1,199 @@
+"""A folder of computed values under content-addressed keys: features as safetensors, small scores as JSON.
+
+    <folder>/features/ab/<key>.safetensors     tensors; the header holds their checksum and what made them
+    <folder>/scores/ab/<key>.json              scores of baselines
+    <folder>/locks/ab.lock                     one lock per first two digits of the key
+
+A key is a hash of everything the value depends on, so an entry is never out of date, only unused: the folder is kept
+under `max_bytes` by removing the features that were read longest ago. Files are written under a temporary name and
+renamed; a reader sees a whole file or none. Two processes that want the same features compute them once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+MAX_BYTES = 20 * 2**30
+"""Default bound, 20 GiB: ImageNet features of ten ViT-S checkpoints."""
+
+
+def content_key(**parts: Any) -> str:
+    """SHA-256 of named parts, which must be plain values (str, numbers, lists, dicts)."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def default_folder() -> Path:
+    """`DINOBENCH_CACHE`, else ~/.cache/dinobench."""
+    return Path(os.environ.get("DINOBENCH_CACHE") or Path.home() / ".cache" / "dinobench")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Tensors with what is known about them."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    from_cache: bool
+
+
+class FeatureCache:
+    """See the module. `folder` defaults to `default_folder()`."""
+
+    def __init__(self, folder: Path | None = None, *, max_bytes: int = MAX_BYTES):
+        self.folder = folder or default_folder()
+        self.max_bytes = max_bytes
+
+    def get_or_compute(self, key: str, compute: Callable[[], tuple[dict[str, Tensor], dict[str, str]]]) -> Entry:
+        """The entry under `key`, computed by at most one process at a time and stored.
+
+        Args:
+            key: from `content_key`.
+            compute: gives tensors (moved to the CPU here) and string metadata.
+        """
+        found = self.read(key)
+        if found is not None:
+            return found
+        with self._lock(key[:2]):
+            found = self.read(key)  # another process may have been faster
+            if found is not None:
+                return found
+            tensors, metadata = compute()
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            self._store(key, tensors, metadata)
+        return Entry(tensors, metadata, from_cache=False)
+
+    def read(self, key: str) -> Entry | None:
+        """The entry, or None. A damaged one is removed with a warning."""
+        path = self._path("features", key, ".safetensors")
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = dict(file.metadata() or {})
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            checksum = metadata.pop("checksum", "")
+            if checksum != _checksum(tensors):
+                raise ValueError("its checksum does not match")
+            os.utime(path)  # read now: last to be removed
+        except FileNotFoundError:
+            return None  # removed by another process meanwhile
+        except (SafetensorError, ValueError, OSError) as error:
+            warnings.warn(f"damaged cache entry {path} is removed and computed again ({error})", stacklevel=2)
+            path.unlink(missing_ok=True)
+            return None
+        return Entry(tensors, metadata, from_cache=True)
+
+    def read_scores(self, key: str) -> dict[str, float] | None:
+        """Scores stored under `key`, or None; a damaged file is removed with a warning."""
+        path = self._path("scores", key, ".json")
+        try:
+            stored = json.loads(path.read_text())
+            return {str(name): float(value) for name, value in stored.items()}
+        except FileNotFoundError:
+            return None
+        except (ValueError, AttributeError, TypeError, OSError) as error:
+            warnings.warn(f"damaged cache entry {path} is removed and computed again ({error})", stacklevel=2)
+            path.unlink(missing_ok=True)
+            return None
+
+    def write_scores(self, key: str, scores: dict[str, float]) -> None:
+        """Store scores under `key`."""
+        with _tolerate_full_disk(self.folder), _replacing(self._path("scores", key, ".json")) as temporary:
+            temporary.write_text(json.dumps(scores, indent=1))
+
+    def size(self) -> int:
+        """Bytes of all features."""
+        return sum(size for _, size, _ in self._features())
+
+    def _store(self, key: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        path = self._path("features", key, ".safetensors")
+        with _tolerate_full_disk(self.folder):
+            with _replacing(path) as temporary:
+                save_file(tensors, temporary, {**metadata, "checksum": _checksum(tensors)})
+            self._evict(keep=path)
+
+    def _evict(self, keep: Path) -> None:
+        """Remove the features read longest ago until the rest fits; the one just written stays."""
+        with self._lock("evict"):
+            features = sorted(self._features())
+            total = sum(size for _, size, _ in features)
+            for _, size, path in features:
+                if total <= self.max_bytes:
+                    break
+                if path != keep:
+                    path.unlink(missing_ok=True)
+                    total -= size
+
+    def _features(self) -> Iterator[tuple[float, int, Path]]:
+        for path in (self.folder / "features").glob("*/*.safetensors"):
+            try:
+                state = path.stat()
+            except FileNotFoundError:
+                continue
+            yield state.st_mtime, state.st_size, path
+
+    @contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        path = self.folder / "locks" / f"{name}.lock"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path)
+            lock.acquire()
+        except OSError:  # a read-only cache still serves what it holds; see _tolerate_full_disk
+            yield
+            return
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _path(self, kind: str, key: str, suffix: str) -> Path:
+        return self.folder / kind / key[:2] / f"{key}{suffix}"
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().data.cast("B") if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that becomes `path` when the block ends well: readers see all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _tolerate_full_disk(folder: Path) -> Iterator[None]:
+    """A cache that cannot be written costs time, not the result."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(f"the cache {folder} could not be written ({error}); set DINOBENCH_CACHE", stacklevel=4)

@@ -1,0 +1,76 @@
+"""What a protocol takes and gives.
+
+A protocol is a file of this folder with three names: `Parameters` (its pinned numbers), `NEEDS_LABELS`, and
+`run(train, test, parameters, context) -> Outcome`. The file name is the protocol's name; nothing is registered.
+A protocol reads features and returns named scores; extracting, caching, tracking and printing happen elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from suites.neighbours import Backend
+
+if TYPE_CHECKING:
+    from pretrain.models.checkpoint import LoadedModel
+
+
+class ProtocolParameters(BaseModel):
+    """Base of every protocol's Parameters: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Features of one split of a labelled data set."""
+
+    features: Tensor
+    """[N, D] float32, as the backbone gave them (protocols normalise)."""
+    labels: Tensor
+    """[N] int64; empty when the data set has no labels."""
+    index: Tensor
+    """[N] int64: number of the image in its data set."""
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a protocol may know beside features and parameters."""
+
+    num_classes: int
+    classes: tuple[str, ...] = ()
+    seed: int = 0
+    device: str = "cpu"
+    backend: Backend = "auto"
+    model: LoadedModel | None = None
+    """The network that made the features; None for a baseline without one (raw pixels, PCA)."""
+
+
+@dataclass
+class Outcome:
+    """What a protocol found. Accuracies are in percent."""
+
+    scores: dict[str, float]
+    n: int
+    """Number of images behind the headline score."""
+    interval: tuple[float, float]
+    """95 % bootstrap interval of the headline score over images."""
+    samples: pd.DataFrame = field(default_factory=pd.DataFrame)
+    """Per test image: index, label, prediction, correct."""
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """Sentences a reader of the scores must know, for example what is not applicable and why."""
+
+
+def sample_table(split: Split, prediction: Tensor, correct: Tensor, **more: Tensor) -> pd.DataFrame:
+    """The per-image table of an outcome: index, label, prediction, correct and more columns [N]."""
+    columns = {"index": split.index, "label": split.labels, "prediction": prediction, "correct": correct, **more}
+    return pd.DataFrame({name: values.cpu().numpy() for name, values in columns.items()})

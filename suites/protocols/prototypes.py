@@ -1,0 +1,191 @@
+"""What the prototypes of a checkpoint's head do: utilisation, precision, class purity, and kNN accuracy by ||w||.
+
+Each image is assigned the prototype of highest logit of the evaluated network, without centring, at the teacher
+temperature tau of the checkpoint (or `temperature`): l_k = <w_k, z>/tau, plus log C_p(||w_k||/tau) for vMF heads.
+
+Utilisation, over the n images of train (counts grow with n: compare them at equal n only):
+    used, dead          prototypes with and without an image          (Arteaga et al. 2026; MSN logs the same)
+    usage_entropy       entropy in nats of the shares of the images   perplexity = exp of it, the headline
+    assignment_entropy  mean entropy in nats of softmax_k l_k
+    unique              prototypes in different directions, over a sweep of cosine distances; no image is involved
+Precision, kappa_k = ||w_k||/tau (DINO-vMF, section 3): quantiles over the prototypes.
+Purity: share of train images whose class is the majority class of their prototype; `top1` gives each test image the
+majority class of its prototype (a prototype without train images is always wrong).
+Accuracy of weighted kNN over the test images in percentile ranges of the ||w_k|| of their prototype (DINO-vMF,
+Figure 2); not applicable when all norms are equal. Images of equal norm keep the order of the data set.
+
+Shapes: N train images, M test images, D features, K prototypes, C classes.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pretrain.errors import DinobenchError
+from pretrain.objectives import prototype_usage as usage
+from suites.interval import bootstrap_interval
+from suites.protocols import knn
+from suites.protocols.protocol import Context, Outcome, ProtocolParameters, Split, sample_table
+
+NEEDS_LABELS = False
+NEEDS_HEAD = True
+QUANTILES = {"min": 0.0, "q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95, "max": 1.0}
+EQUAL_NORMS = 1e-4
+"""Relative spread of the norms below which the prototypes count as normalised."""
+
+
+class Parameters(ProtocolParameters):
+    """Numbers that define the scores."""
+
+    temperature: float | None = Field(default=None, gt=0)
+    """Teacher temperature; None = the one stored in the checkpoint."""
+    unique_threshold: float = usage.UNIQUE_THRESHOLD
+    thresholds: tuple[float, ...] = usage.THRESHOLDS
+    percentiles: tuple[float, ...] = (0, 20, 40, 60, 80, 100)
+    k: int = 20
+    knn_temperature: float = Field(default=0.07, gt=0)
+
+
+def run(train: Split, test: Split, parameters: Parameters, context: Context) -> Outcome:
+    """Assign train [N, D] and test [M, D] features to the prototypes of the checkpoint's head and count."""
+    if context.model is None or context.model.head is None:
+        raise DinobenchError("the prototypes suite needs a head with prototypes; this checkpoint holds a backbone only")
+    temperature = parameters.temperature or context.model.temperature
+    if temperature is None:
+        raise DinobenchError(
+            "the checkpoint does not state its teacher temperature: set parameters.temperature in a copy of the suite"
+        )
+    vectors = context.model.head.last_layer.vectors().detach().float()
+    norms = vectors.norm(dim=1).cpu()
+    assigned, entropy = assign(context.model.head, train.features, temperature, context.device)
+    counts = usage.usage_counts(assigned, len(vectors))
+    scores, unique = _utilisation(vectors, counts, entropy, parameters)
+    quantiles = usage.kappa_quantiles(norms, temperature, tuple(QUANTILES.values())).tolist()
+    scores |= {f"kappa_{name}": value for name, value in zip(QUANTILES, quantiles, strict=True)}
+    per_prototype = {
+        "prototype": np.arange(len(vectors)),
+        "norm": norms.numpy(),
+        "kappa": usage.kappa(norms, temperature).numpy(),
+        "images": counts.numpy(),
+    }
+    tables = {"unique": unique}
+    notes = [
+        f"assigned at temperature {temperature:g}, {len(vectors)} prototypes; used, dead, entropies and purity are "
+        f"over n={len(train)} train images: compare at equal n only",
+        f"unique: {usage.COUNTING_RULE}; `unique` is at {parameters.unique_threshold:g}",
+    ]
+    samples = pd.DataFrame()
+    if len(train.labels):
+        chosen, _ = assign(context.model.head, test.features, temperature, context.device)
+        purity, samples, majority, share = _purity(train, test, assigned, chosen, counts, context.num_classes)
+        scores |= purity
+        per_prototype |= {"majority": majority.numpy(), "purity": share.numpy()}
+        by_norm = _knn_by_norm(train, test, norms[chosen], parameters, context)
+        if isinstance(by_norm, str):
+            notes.append(by_norm)
+        else:
+            tables["knn_by_norm"] = by_norm
+            names = (f"knn_norm_p{low:02.0f}_{high:02.0f}" for low, high in pairwise(parameters.percentiles))
+            scores |= dict(zip(names, by_norm["top1"].tolist(), strict=True))
+    else:
+        notes.append("purity and kNN by norm: not applicable, the data set has no labels")
+    tables["prototypes"] = pd.DataFrame(per_prototype)
+    interval = _perplexity_interval(assigned, scores["perplexity"], context.seed)
+    return Outcome(scores, len(train), interval, samples, tables, notes)
+
+
+@torch.inference_mode()
+def assign(head: torch.nn.Module, features: Tensor, temperature: float, device: str) -> tuple[Tensor, Tensor]:
+    """Prototype [N] of each image and entropy [N] of its posterior, from features [N, D], on the CPU."""
+    assigned, entropies = [], []
+    for block in features.split(512):
+        z = head.project(block.to(device))  # type: ignore[operator]
+        log_posterior = head.logits(z, temperature).float().log_softmax(1)  # type: ignore[operator]
+        assigned.append(log_posterior.argmax(1).cpu())
+        entropies.append(-(log_posterior.exp() * log_posterior).sum(1).cpu())
+    return torch.cat(assigned), torch.cat(entropies)
+
+
+def _utilisation(
+    vectors: Tensor, counts: Tensor, entropy: Tensor, parameters: Parameters
+) -> tuple[dict[str, float], pd.DataFrame]:
+    thresholds = tuple(sorted({*parameters.thresholds, parameters.unique_threshold}))
+    unique = usage.unique_counts(vectors, thresholds)
+    used = int(usage.num_used(counts))
+    scores = {
+        "perplexity": usage.perplexity(counts).item(),
+        "usage_entropy": usage.usage_entropy(counts).item(),
+        "assignment_entropy": entropy.double().mean().item(),
+        "num_prototypes": float(len(vectors)),
+        "used": float(used),
+        "dead": float(len(vectors) - used),
+        "unique": float(unique[parameters.unique_threshold]),
+    }
+    table = pd.DataFrame({"cosine_distance": list(unique), "unique": list(unique.values())})
+    table["share"] = table["unique"] / len(vectors)
+    return scores, table
+
+
+def _purity(
+    train: Split, test: Split, assigned: Tensor, chosen: Tensor, counts: Tensor, num_classes: int
+) -> tuple[dict[str, float], pd.DataFrame, Tensor, Tensor]:
+    """From the prototypes of train [N] and test [M]: scores, per-image table of test, majority class [K] (-1 when
+    dead) and purity [K] (NaN when dead).
+    """
+    cells = torch.bincount(assigned * num_classes + train.labels, minlength=len(counts) * num_classes)
+    votes, majority = cells.view(-1, num_classes).max(1)
+    majority = torch.where(counts > 0, majority, -1)
+    share = votes / counts  # 0 / 0 is NaN for a dead prototype
+    prediction = majority[chosen]
+    correct = prediction == test.labels
+    scores = {"purity": 100 * votes.sum().item() / len(train), "top1": 100 * correct.double().mean().item()}
+    return scores, sample_table(test, prediction, correct, prototype=chosen), majority, share
+
+
+def _knn_by_norm(
+    train: Split, test: Split, norm: Tensor, parameters: Parameters, context: Context
+) -> pd.DataFrame | str:
+    """kNN accuracy of the test images in percentile ranges of `norm` [M], or the reason why there is none."""
+    spread = (norm.max() - norm.min()) / norm.mean().clamp_min(1e-12)
+    if spread < EQUAL_NORMS:
+        return "kNN by norm: not applicable, all assigned prototypes have one norm"
+    if parameters.k > len(train):
+        return f"kNN by norm: not applicable, k={parameters.k} is more than the {len(train)} train images"
+    ranks, _ = knn.classify(
+        train.features,
+        train.labels,
+        test.features,
+        test.labels,
+        k=(parameters.k,),
+        num_classes=context.num_classes,
+        temperature=parameters.knn_temperature,
+        backend=context.backend,
+        device=context.device,
+    )
+    correct = 100 * (ranks[parameters.k] == 0).double()
+    order = norm.argsort(stable=True)
+    edges = [round(len(order) * percentile / 100) for percentile in parameters.percentiles]
+    rows = []
+    for (low, high), (start, stop) in zip(pairwise(parameters.percentiles), pairwise(edges), strict=True):
+        part = order[start:stop]
+        values = norm[part]
+        bounds = (values.min().item(), values.max().item()) if len(part) else (float("nan"), float("nan"))
+        rows.append((low, high, len(part), *bounds, correct[part].mean().item()))
+    return pd.DataFrame(rows, columns=["percentile_low", "percentile_high", "n", "norm_min", "norm_max", "top1"])
+
+
+def _perplexity_interval(assigned: Tensor, estimate: float, seed: int) -> tuple[float, float]:
+    """Bootstrap over images. A resample uses fewer prototypes than its source: the percentiles are shifted back."""
+    group = np.unique(assigned.numpy(), return_inverse=True)[1]
+
+    def statistic(counts: np.ndarray) -> np.ndarray:
+        share = counts / counts.sum(1, keepdims=True)
+        return np.exp(-(share * np.log(np.where(share > 0, share, 1))).sum(1))
+
+    return bootstrap_interval(group, statistic, seed=seed, centre=estimate)
