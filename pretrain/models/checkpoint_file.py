@@ -9,8 +9,10 @@ A file of ours is a dict of tensors and plain values:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -44,7 +46,8 @@ def save(path: str | Path, payload: Mapping[str, Any]) -> None:
         temporary.replace(path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise DinobenchError(
             f"cannot write {path} ({error}): check the free space and the permissions there"
         ) from error
@@ -65,16 +68,18 @@ def read(path: str | Path, map_location: str | torch.device = "cpu", *, mmap: bo
     _check_file(path)
     is_zip = zipfile.is_zipfile(path)
     try:
-        payload = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap and is_zip)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # said of files that are no checkpoints
+            payload = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap and is_zip)
     except pickle.UnpicklingError as error:
-        classes = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)) if is_zip else []
+        classes = _classes_asked_for(path)
         if not classes:
             raise _unreadable(path, error) from error
         raise DinobenchError(
             f"{path} asks to unpickle {', '.join(classes)}; expected tensors and plain values only. It is refused "
             "because unpickling runs code from the file: save its state dicts alone in a new file and give that"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file fails anywhere in the parser
         raise _unreadable(path, error) from error
     if not isinstance(payload, dict):
         raise DinobenchError(f"{path} holds a {type(payload).__name__}; expected a dict with a network's weights")
@@ -110,6 +115,14 @@ def _check_file(path: Path) -> None:
 def _checkpoints_below(folder: Path) -> Iterator[Path]:
     yield from folder.glob("*.pt")
     yield from folder.glob("checkpoints/*.pt")
+
+
+def _classes_asked_for(path: Path) -> list[str]:
+    """Names of the classes and functions a file wants to unpickle; empty where they cannot be told."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # damaged, or a pickle of the time before torch 1.6
+        return []
 
 
 def _unreadable(path: Path, error: Exception) -> DinobenchError:
