@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from dinobench.results import Result
@@ -29,7 +28,7 @@ PARAMETERS = {
     "local_crops": "views.local",
     "seed": "seed",
 }
-BASELINES = {"pixels": "raw pixels", "pca": "PCA", "random": "random init"}
+BASELINES = {"raw_pixels": "raw pixels", "pca": "PCA", "random_init": "random init"}
 """Baselines in the order in which they are shown."""
 
 
@@ -67,7 +66,7 @@ def number(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.1f}"
 
 
-def result_entry(result: Result, siblings: Sequence[Result], file: Path | None, recipe: dict[str, Any] | None) -> Entry:
+def result_entry(result: Result, siblings: Sequence[Result], recipe: dict[str, Any] | None) -> Entry:
     """A result as MLflow gets it; `siblings` are the results of the same checkpoint, for its description."""
     facts = result.provenance
     method = str(facts.get("method") or "model")
@@ -77,7 +76,7 @@ def result_entry(result: Result, siblings: Sequence[Result], file: Path | None, 
     metrics = {result.metric(name): value for name, value in result.scores.items() if value is not None}
     return Entry(
         dataset=result.dataset,
-        dataset_digest=str(result.receipt.get("dataset_fingerprint") or "unknown"),
+        dataset_digest=str(_dig(result.receipt, "dataset.test.fingerprint") or "unknown"),
         version=result.version,
         suite=result.suite,
         checkpoint=str(facts["sha256"]),
@@ -94,7 +93,12 @@ def result_entry(result: Result, siblings: Sequence[Result], file: Path | None, 
             "data.train": str(params.get("train_data", "")),
         },
         description=f"{score_table(siblings)}\n\nCheckpoint: `{result.checkpoint}`",
-        files=(file,) if file else (),
+        baselines={
+            # random weights depend on the backbone, pixels and PCA only on the data
+            (f"{label}/{arch}" if name == "random_init" else label): score
+            for name, label in BASELINES.items()
+            if (score := result.baseline(name)) is not None
+        },
     )
 
 

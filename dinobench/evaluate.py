@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dinobench.environment import code_commit
 from dinobench.files import make_folder, sha256
 from dinobench.results import Result, ResultStore, plain
 from dinobench.runs import now, run_of_checkpoint
@@ -97,7 +98,7 @@ def _measure(checkpoint: Path, suite: Suite, model: LoadedModel, settings: Evalu
         model,
         data=settings.data,
         cache=FeatureCache(),
-        device=Runtime.start(RuntimeConfig(device=settings.device)).device,
+        device=str(Runtime.start(RuntimeConfig(device=settings.device)).device),
         seed=settings.seed,
     )
     provenance: dict[str, Any] = plain(model.provenance)
@@ -114,10 +115,11 @@ def _measure(checkpoint: Path, suite: Suite, model: LoadedModel, settings: Evalu
         seed=settings.seed,
         checkpoint=str(checkpoint.absolute()),
         provenance=provenance,
-        receipt=plain(measured.receipt),
+        receipt={**plain(measured.receipt), "code": code_commit()},
         seconds=round(measured.seconds, 3),
         created=now(),
         from_cache=measured.from_cache,
+        notes=measured.notes,
     )
     store.save(result, provenance["sha256"], settings.data, measured.samples, measured.tables)
     return result

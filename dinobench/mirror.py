@@ -185,7 +185,7 @@ def log_result(store: Store, run: RunFolder | None, result: Result, pretraining:
         recipe = run.recipe()
         digest = result.provenance["sha256"]
         siblings = [other for other in ResultStore(run.path).all() if other.provenance["sha256"] == digest]
-    store.log_result(result_entry(result, siblings, None, recipe), pretraining)
+    store.log_result(result_entry(result, siblings, recipe), pretraining)
 
 
 def sync(run: RunFolder, uri: str) -> dict[str, str]:

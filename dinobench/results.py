@@ -54,6 +54,8 @@ class Result(BaseModel):
     created: str
     from_cache: bool = False
     """Whether this answer came from stored work: a stored result, or stored features."""
+    notes: list[str] = []
+    """What a reader of the scores should know."""
 
     @property
     def score(self) -> float:

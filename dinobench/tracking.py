@@ -18,7 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ DEFAULTS = {
 }
 BATCH = 1000
 """Most metrics MLflow takes in one call."""
+DECIMALS = 3
+"""Of a score: the model table shows a number in full."""
 
 
 class TrackingUnavailable(DinobenchError):
@@ -63,7 +65,8 @@ class Entry:
     params: dict[str, str]
     tags: dict[str, str]
     description: str
-    files: tuple[Path, ...] = ()
+    baselines: dict[str, float] = field(default_factory=dict)
+    """Name of a baseline -> its headline score."""
 
     @property
     def experiment(self) -> str:
@@ -211,18 +214,26 @@ class Store:
             experiment = self._experiment(entry.experiment, text)
             parent = self._checkpoint_run(experiment, entry, pretraining)
             self._suite_run(experiment, parent, entry, pretraining)
+            for name, score in entry.baselines.items():
+                self._baseline_run(experiment, entry, name, score)
         if pretraining:
-            point = Point(entry.step, time.time(), {entry.headline: entry.metrics[entry.headline]})
+            score = round(entry.metrics[entry.headline], DECIMALS)
+            point = Point(entry.step, time.time(), {entry.headline: score})
             with _as_unavailable(self.uri):
                 history = self._client.get_metric_history(pretraining, entry.headline)
             self.log_points(pretraining, [point], {(m.key, m.step) for m in history})
 
     def links(self, base: str) -> dict[str, str]:
         """Pages worth opening, below the address of a server. MLflow opens in its GenAI view without the last part."""
+        with _as_unavailable(self.uri):
+            found = self._client.search_experiments(filter_string="name LIKE 'dinobench/%'")
         pages = {}
-        for name, number in self._experiments.items():
-            page = "runs?compareRunsMode=CHART&" if name == PRETRAIN_EXPERIMENT else "models?"
-            pages[name] = f"{base}/#/experiments/{number}/{page}workflowType=machine_learning"
+        for experiment in sorted(found, key=lambda experiment: int(experiment.experiment_id)):
+            name = experiment.name.partition("/")[2]
+            page = f"{base}/#/experiments/{experiment.experiment_id}"
+            pages[f"{name} charts"] = f"{page}/runs?compareRunsMode=CHART&workflowType=machine_learning"
+            if experiment.name != PRETRAIN_EXPERIMENT:
+                pages[f"{name} models"] = f"{page}/models?workflowType=machine_learning"
         return pages
 
     def _checkpoint_run(self, experiment: str, entry: Entry, pretraining: str | None) -> str:
@@ -247,17 +258,29 @@ class Store:
             run_id = self._create(experiment, name, {"suite": entry.suite}, {"dinobench.kind": "suite", **tags}, "")
             self.log_dataset(run_id, entry.dataset, entry.dataset_digest, "eval")
         model = self._logged_model(experiment, entry, pretraining, parent)
-        self.log_files(run_id, entry.files, "result")
         self._client.log_batch(parent, metrics=[self._score(entry, entry.headline, parent, model)])
         self._client.set_tag(parent, "mlflow.note.content", entry.description)
         self._client.log_batch(run_id, metrics=[self._score(entry, key, run_id) for key in entry.metrics])
         for number in (run_id, parent):
             self._client.set_terminated(number, "FINISHED")
 
+    def _baseline_run(self, experiment: str, entry: Entry, name: str, score: float) -> None:
+        """A run of its own for each baseline: a bar beside those of the checkpoints."""
+        found = self._find(experiment, {"dinobench.kind": "baseline", "dinobench.baseline": name})
+        if found and entry.headline in found.data.metrics:
+            return
+        tags = {"dinobench.kind": "baseline", "dinobench.baseline": name}
+        run_id = found.info.run_id if found else self._create(experiment, name, {"method": name}, tags, "")
+        if not found:
+            self.log_dataset(run_id, entry.dataset, entry.dataset_digest, "eval")
+        self._client.log_metric(run_id, entry.headline, round(score, DECIMALS), step=0)
+        self._client.set_terminated(run_id, "FINISHED")
+
     def _score(self, entry: Entry, key: str, run_id: str, model: str | None = None) -> Any:
         dataset = {"dataset_name": entry.dataset, "dataset_digest": entry.dataset_digest[:36]} if model else {}
         now = int(time.time() * 1000)
-        return self._entities.Metric(key, entry.metrics[key], now, 0, model_id=model, run_id=run_id, **dataset)
+        value = round(entry.metrics[key], DECIMALS)
+        return self._entities.Metric(key, value, now, 0, model_id=model, run_id=run_id, **dataset)
 
     def _logged_model(self, experiment: str, entry: Entry, pretraining: str | None, parent: str) -> str:
         query = f"tags.`checkpoint.sha256` = '{entry.checkpoint}'"

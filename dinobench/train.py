@@ -170,8 +170,8 @@ class _Session:
     def _train(self, job: _Job) -> None:
         from pretrain.training.loop import train
 
-        before = self.run.state().seconds
         status, note = "failed", ""
+        done: dict[str, float] = {}
         try:
             outcome = train(
                 self.recipe,
@@ -182,9 +182,8 @@ class _Session:
                 progress=self.reporter.progress,
             )
             status, note = outcome.status, outcome.note
-            self.run.update(
-                step=outcome.step, seconds=before + outcome.seconds, images_per_second=outcome.images_per_second
-            )
+            seconds = self.run.state().seconds + outcome.seconds
+            done = {"step": outcome.step, "seconds": seconds, "images_per_second": outcome.images_per_second}
         except KeyboardInterrupt:
             status, note = "interrupted", "SIGINT"
             raise
@@ -196,7 +195,7 @@ class _Session:
             raise
         finally:
             self.reporter.close_bar()
-            self.run.update(status=status, note=note)
+            self.run.update(status=status, note=note, **done)
             if self.mirror:
                 self.mirror.finish(status)
 

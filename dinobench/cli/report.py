@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from dinobench.results import Result
     from dinobench.train import Summary
 
+FURTHER_SCORES = {
+    "fewshot": ("shot1", "shot5"),
+    "prototypes": ("num_prototypes", "used", "unique", "purity", "kappa_q50"),
+}
+"""Scores shown below the headline; all of them are in the result file and in MLflow."""
 LOCAL_SERVER = "http://127.0.0.1:5000"
 """Where `dinobench ui` listens unless told otherwise."""
 
@@ -35,7 +40,7 @@ def print_summary(summary: Summary, output: Path) -> None:
     for failure in summary.failures:
         print_text(f"not measured: {failure.suite} on {failure.checkpoint.name}: {failure.reason}")
     for name, text in pointers(summary, output).items():
-        print_text(f"{name:<12}{text}")
+        print_text(f"{name:<18}{text}")
 
 
 def print_results(results: Sequence[Result], title: str) -> None:
@@ -45,7 +50,8 @@ def print_results(results: Sequence[Result], title: str) -> None:
 
 
 def _rows(result: Result) -> list[list[str]]:
-    names = [result.headline, *(name for name in result.baselines.get("pixels", {}) if name != result.headline)]
+    further = [name for name in FURTHER_SCORES.get(result.protocol, ()) if name in result.scores]
+    names = dict.fromkeys([result.headline, *further])
     rows = []
     for name in names:
         headline = name == result.headline
@@ -66,7 +72,7 @@ def against_pixels(results: Sequence[Result]) -> str:
     """Where the features are above raw pixels and where they are not, said from the numbers."""
     above, below = [], []
     for result in results:
-        pixels = result.baseline("pixels")
+        pixels = result.baseline("raw_pixels")
         if pixels is not None:
             text = f"{result.suite_name} {number(result.score)} against {number(pixels)}"
             (above if result.score > pixels else below).append(text)
@@ -88,8 +94,8 @@ def _below(below: list[str], above: list[str]) -> str:
 def pointers(summary: Summary, output: Path) -> dict[str, str]:
     """Where the run, the checkpoint and the pages are, and the command that measures again."""
     checkpoint = (summary.run.kept_checkpoints() or [summary.run.last_checkpoint])[-1]
-    suites = sorted({result.suite_name for result in summary.results})
-    again = ["dinobench", "eval", *(part for suite in suites for part in ("--suite", suite)), str(checkpoint)]
+    suites = list(dict.fromkeys(result.suite_name for result in summary.results))
+    again = ["dinobench", "eval", "--suite", ",".join(suites), str(checkpoint)]
     uri = tracking.tracking_uri(output)
     server = uri if uri.startswith("http") else LOCAL_SERVER
     shown = {"run": str(summary.run.path), "checkpoint": str(checkpoint)}
@@ -98,8 +104,8 @@ def pointers(summary: Summary, output: Path) -> dict[str, str]:
     shown["mlflow"] = tracking.masked(uri)
     if server == LOCAL_SERVER:
         shown["pages"] = f"start `{shlex.join(['dinobench', 'ui', '--output', str(output)])}`, then open"
-    for experiment, page in summary.links.items():
-        shown[experiment.partition("/")[2]] = f"{tracking.masked(server).rstrip('/')}{page}"
+    for name, page in summary.links.items():
+        shown[name] = f"{tracking.masked(server).rstrip('/')}{page}"
     return shown
 
 
