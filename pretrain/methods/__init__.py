@@ -1,1 +1,1 @@
-""""""
+"""The methods, one file each; `method.py` holds their contract with the training loop."""

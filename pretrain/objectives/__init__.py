@@ -1,1 +1,1 @@
-""""""
+"""What is minimised: targets, losses, and what they say about the prototypes."""

@@ -1,1 +1,1 @@
-""""""
+"""Recipe, schedules, optimiser, and the one training loop."""
