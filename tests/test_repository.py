@@ -8,8 +8,13 @@ import shlex
 import subprocess
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
+
+from dinobench.cli import app
+from suites.suite import suite_names
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("dinobench", "pretrain", "suites")
@@ -93,3 +98,30 @@ def test_readme_names_sessions_that_exist() -> None:
     named = {words[words.index("-s") + 1] for words in readme_commands() if words[0] == "nox" and "-s" in words}
     assert "tests" in named
     assert named - sessions == set()
+
+
+def dinobench_commands() -> list[list[str]]:
+    return [words[1:] for words in readme_commands() if words[0] == "dinobench"]
+
+
+def parse(command: Any, name: str, arguments: list[str], parent: Any = None) -> None:
+    """Let Typer read a command line without running it; it raises on an unknown verb, option or type."""
+    context = command.make_context(name, list(arguments), parent=parent)
+    if hasattr(command, "resolve_command"):
+        verb, subcommand, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        parse(subcommand, verb, rest, context)
+
+
+def test_readme_commands_parse() -> None:
+    command = typer.main.get_command(app.app)
+    assert any(arguments[0] == "pretrain" for arguments in dinobench_commands())
+    for arguments in dinobench_commands():
+        parse(command, "dinobench", arguments)
+
+
+def test_readme_names_methods_presets_keys_and_suites_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in dinobench_commands():
+        if arguments[0] == "pretrain" and not arguments[1].endswith((".py", ".yaml")):
+            assert app.run([*arguments, "--dry-run"]) == 0, (arguments, capsys.readouterr().err)
+        suites = [arguments[i + 1] for i, word in enumerate(arguments) if word == "--suite"]
+        assert {name for word in suites for name in word.split(",")} <= set(suite_names())
