@@ -87,9 +87,9 @@ def vmf_logits(z: Tensor, vectors: Tensor, temperature: float, form: Form = "exa
 
 def vmf_bias(vectors: Tensor, temperature: float, form: Form = "exact") -> Tensor:
     """The term of the logits that depends on the prototype alone: log C_p(||w_k||/tau) - log C_p(0), [K]."""
-    norms = torch.linalg.vector_norm(_wide(vectors), dim=1)  # gradient 0 at w = 0
-    bias = log_normalizer(norms / temperature, vectors.shape[1], form)
-    return bias if vectors.dtype == torch.float64 else bias.float()
+    vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
+    norms = torch.linalg.vector_norm(vectors, dim=1)  # gradient 0 at w = 0
+    return log_normalizer(norms / temperature, vectors.shape[1], form)
 
 
 def log_posterior(z: Tensor, vectors: Tensor, temperature: float, form: Form = "exact") -> Tensor:
