@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from suites.cache import Entry, FeatureCache, content_key, default_folder
+
+KEY = content_key(test="cache")
+
+
+def tensors(value: float = 1.0) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    return {"features": torch.full((50, 10), value)}, {"device": "cpu"}
+
+
+def must_not_compute() -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    raise AssertionError("computed although it was in the cache")
+
+
+def stored_file(cache: FeatureCache) -> Path:
+    (path,) = cache.folder.glob("features/*/*.safetensors")
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> FeatureCache:
+    return FeatureCache(tmp_path / "cache")
+
+
+def test_second_read_comes_from_the_cache_with_its_metadata(cache: FeatureCache) -> None:
+    first, second = cache.get_or_compute(KEY, tensors), cache.get_or_compute(KEY, must_not_compute)
+    assert (first.from_cache, second.from_cache) == (False, True)
+    assert torch.equal(first.tensors["features"], second.tensors["features"])
+    assert second.metadata == {"device": "cpu"}
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped bit", "empty", "no checksum"])
+def test_damaged_entry_is_computed_again_with_a_warning(cache: FeatureCache, damage: str) -> None:
+    cache.get_or_compute(KEY, tensors)
+    path = stored_file(cache)
+    content = bytearray(path.read_bytes())
+    if damage == "flipped bit":
+        content[-1] ^= 1
+    elif damage == "no checksum":
+        content = content.replace(b"checksum", b"checkxum")
+    path.write_bytes({"truncated": content[: len(content) // 2], "empty": b""}.get(damage, bytes(content)))
+    with pytest.warns(UserWarning, match="damaged cache entry .* computed again"):
+        again = cache.get_or_compute(KEY, tensors)
+    assert not again.from_cache
+    assert torch.equal(again.tensors["features"], torch.ones(50, 10))
+    assert cache.get_or_compute(KEY, must_not_compute).from_cache
+
+
+def test_size_is_bounded_and_what_was_read_last_stays(tmp_path: Path) -> None:
+    one = 50 * 10 * 4
+    cache = FeatureCache(tmp_path, max_bytes=int(3.5 * one))
+    keys = [content_key(number=i) for i in range(4)]
+    for age, key in enumerate(keys[:3]):
+        cache.get_or_compute(key, tensors)
+        (path,) = tmp_path.glob(f"features/*/{key}.safetensors")
+        os.utime(path, (age, age))
+    assert cache.read(keys[0]) is not None  # now the one read last
+    cache.get_or_compute(keys[3], tensors)
+    assert [cache.read(key) is not None for key in keys] == [True, False, True, True] or cache.size() <= 3.5 * one
+    assert cache.read(keys[0]) is not None
+    assert cache.read(keys[1]) is None
+
+
+def test_an_entry_larger_than_the_bound_is_still_returned(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, max_bytes=10)
+    assert cache.get_or_compute(KEY, tensors).tensors["features"].sum() == 500
+
+
+def compute_slowly(folder: Path, log: Path) -> None:
+    def compute() -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        with log.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(0.2)
+        return tensors()
+
+    assert FeatureCache(folder).get_or_compute(KEY, compute).tensors["features"].sum() == 500
+
+
+def test_two_readers_at_once_compute_an_entry_once(tmp_path: Path) -> None:
+    log = tmp_path / "computed"
+    with ThreadPoolExecutor(2) as pool:  # two caches, so two locks on one file, as in two processes
+        for done in [pool.submit(compute_slowly, tmp_path / "cache", log) for _ in range(2)]:
+            done.result()
+    assert len(log.read_text().split()) == 1
+
+
+@pytest.mark.slow
+def test_two_processes_compute_an_entry_once(tmp_path: Path) -> None:
+    log = tmp_path / "computed"
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=compute_slowly, args=(tmp_path / "cache", log)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert len(log.read_text().split()) == 1
+
+
+def test_no_temporary_file_stays_behind_when_computing_or_writing_fails(
+    cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("suites.cache.save_file", full_disk)
+    with pytest.warns(UserWarning, match=r"could not be written .*No space left.*DINOBENCH_CACHE"):
+        entry = cache.get_or_compute(KEY, tensors)
+    assert entry.tensors["features"].sum() == 500
+    assert not [path for path in cache.folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+
+
+def test_scores_are_stored_and_damaged_ones_forgotten(cache: FeatureCache) -> None:
+    assert cache.read_scores(KEY) is None
+    cache.write_scores(KEY, {"top1": 97.8})
+    assert cache.read_scores(KEY) == {"top1": 97.8}
+    (path,) = cache.folder.glob("scores/*/*.json")
+    path.write_text('{"top1": ')
+    with pytest.warns(UserWarning, match="damaged cache entry"):
+        assert cache.read_scores(KEY) is None
+
+
+def test_key_depends_on_every_part_but_not_on_their_order() -> None:
+    assert content_key(a=1, b=[2]) == content_key(b=[2], a=1)
+    assert content_key(a=1, b=[2]) != content_key(a=1, b=[3])
+
+
+def test_folder_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DINOBENCH_CACHE", str(tmp_path))
+    assert default_folder() == FeatureCache().folder == tmp_path
+    monkeypatch.delenv("DINOBENCH_CACHE")
+    assert default_folder() == Path.home() / ".cache" / "dinobench"
+
+
+def test_entry_of_tensors_is_on_the_cpu_and_contiguous(cache: FeatureCache) -> None:
+    transposed = torch.arange(6.0).view(2, 3).T
+    entry: Entry = cache.get_or_compute(KEY, lambda: ({"features": transposed}, {}))
+    assert entry.tensors["features"].is_contiguous()
+    found = cache.read(KEY)
+    assert found is not None
+    assert torch.equal(found.tensors["features"], transposed)

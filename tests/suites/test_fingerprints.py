@@ -1,0 +1,34 @@
+"""A suite's version and the fingerprint of its numbers, side by side.
+
+A failure here means that a pinned number, a default of a protocol or a transform has changed: raise the suite's version
+and write the new pair down. Old results then stay comparable among themselves and are never mixed with new ones.
+"""
+
+from __future__ import annotations
+
+from suites.suite import load_suite, suite_names
+
+FINGERPRINTS = {
+    "cifar10_clusters": (1, "fd5e972c3c8a"),
+    "cifar10_fewshot": (1, "130fec3ff722"),
+    "cifar10_knn": (1, "bd3387f959df"),
+    "cifar10_linear": (1, "81ec35fc24e6"),
+    "cifar10_prototypes": (1, "36d50d609c54"),
+    "digits_clusters": (1, "2f5c94c12743"),
+    "digits_fewshot": (1, "840eb816d5a9"),
+    "digits_knn": (1, "127d468fb845"),
+    "digits_linear": (1, "d8b0768a621e"),
+    "digits_prototypes": (1, "49070ea8a0b0"),
+    "fashion_mnist_clusters": (1, "ea6aebceabd5"),
+    "fashion_mnist_fewshot": (1, "edc11b6adb0a"),
+    "fashion_mnist_knn": (1, "e4ebcda8dc34"),
+    "fashion_mnist_linear": (1, "61b318dec8f2"),
+    "fashion_mnist_prototypes": (1, "212982226515"),
+    "imagenet_knn": (1, "14ce5627c1a2"),
+    "imagenet_linear": (1, "bb9471345242"),
+}
+
+
+def test_changed_numbers_raise_the_version() -> None:
+    found = {name: (suite.version, suite.fingerprint()) for name in suite_names() for suite in [load_suite(name)]}
+    assert found == FINGERPRINTS
