@@ -34,6 +34,15 @@ class Batch:
     """Numbers of the images in the set, int64 [B]."""
     epoch: int
 
+    def split(self, parts: int) -> list[Batch]:
+        """Micro-batches of equal size: the images in order, all views of each."""
+        if parts == 1:
+            return [self]
+        size = len(self.index) // parts
+        pieces = zip(*(view.split(size) for view in self.views), strict=True)
+        indices = self.index.split(size)
+        return [Batch(list(views), index, self.epoch) for views, index in zip(pieces, indices, strict=True)]
+
 
 def permutation(length: int, seed: int, epoch: int) -> Tensor:
     """The order of the images in an epoch, int64 [length]."""

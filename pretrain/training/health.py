@@ -50,7 +50,7 @@ class Health(nn.Module):
     @torch.no_grad()
     def observe(self, target: Tensor, features: Tensor) -> None:
         """Add one micro-batch: targets [R, K] and the teacher's features [R, D]."""
-        target = target.float()
+        target = target.to(self.usage.dtype)
         self.sum_target += target.sum(0)
         self.sum_entropy += torch.special.entr(target).sum()
         self.usage.scatter_add_(0, target.argmax(1), torch.ones_like(target[:, 0]))
@@ -62,7 +62,7 @@ class Health(nn.Module):
         """Add the loss of a step and note, on the device, the first step at which it was not finite."""
         bad = ~torch.isfinite(loss) & (self.first_bad_step < 0)
         self.first_bad_step.masked_fill_(bad, float(step))
-        self.sum_loss += loss.detach().float()
+        self.sum_loss += loss.detach()
         self.steps += 1
 
     @torch.no_grad()

@@ -49,7 +49,9 @@ def train(
     """
     runtime = Runtime.start(recipe.runtime)
     local_batch_size(recipe.optim.batch_size, runtime.world_size, recipe.runtime.accumulate)
-    images = open_dataset(recipe.data.name, recipe.data.split, resize=recipe.data.resize)
+    images = open_dataset(recipe.data.name, recipe.data.split, max_bad_images=recipe.data.max_bad_images)
+    if recipe.data.resize:
+        images = images.resized(recipe.data.resize)
     loader = Loader(
         images,
         recipe.views,
@@ -59,7 +61,6 @@ def train(
         world_size=runtime.world_size,
         workers=recipe.runtime.workers,
         device=runtime.device,
-        dtype=runtime.dtype,
     )
     plan = Plan(recipe.schedule.epochs, loader.steps_per_epoch)
     trainer = Trainer(recipe, runtime, plan)

@@ -116,8 +116,8 @@ class Meter:
         if prototypes is None:
             return {}
         with torch.no_grad():
-            count = prototype_usage.count_unique(prototypes.vectors().float(), (UNIQUE_DISTANCE,))
-        return {"prototypes/unique": float(count[UNIQUE_DISTANCE])}
+            count = prototype_usage.unique_count(prototypes.vectors().float(), UNIQUE_DISTANCE)
+        return {"prototypes/unique": float(count)}
 
     def _warm(self, step: int) -> bool:
         """Whether a verdict may be given: after the learning-rate warm-up and a fifth of the training."""

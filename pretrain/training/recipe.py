@@ -16,7 +16,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from pretrain.data.datasets import DataConfig
+from pretrain.data.datasets import DataConfig, dataset_label
 from pretrain.data.views import ViewsConfig
 from pretrain.errors import UsageError, unknown_name
 from pretrain.methods import method as methods
@@ -114,8 +114,7 @@ class Recipe(_Section):
     @property
     def label(self) -> str:
         """<method>-<arch>-<data>: what a reader tells runs apart by."""
-        data = self.data.name.split(":")[0] if ":" not in self.data.name else Path(self.data.name).stem
-        return f"{self.method.name}-{self.model.label}-{data}"
+        return f"{self.method.name}-{self.model.label}-{dataset_label(self.data.name)}"
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -47,8 +47,10 @@ class Trainer:
         config = self.recipe.runtime
         self._set_schedules(step)
         self.optimizer.zero_grad(set_to_none=True)
+        if self.runtime.dtype != torch.float32:
+            batch = Batch([view.to(self.runtime.dtype) for view in batch.views], batch.index, batch.epoch)
         parts = batch.split(config.accumulate)
-        total = torch.zeros((), device=self.runtime.device)
+        total = torch.zeros((), device=self.runtime.device, dtype=self.runtime.dtype)
         for i, part in enumerate(parts):
             with self.method.no_sync() if i < len(parts) - 1 else torch.enable_grad():
                 with self.runtime.autocast():

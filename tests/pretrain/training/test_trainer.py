@@ -112,39 +112,34 @@ def _assert_equal(a, b, **tolerance):
         torch.testing.assert_close(value, b[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
-def _rank_of_two(rank, method, init, queue):
-    recipe = resolve(method, preset="digits", overrides=TINY)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, init_method=init)
-    trainer = Trainer(recipe, Runtime(torch.device("cpu"), "fp64", rank, 2), Plan(2, 3))
-    queue.put((rank, {k: v.numpy() for k, v in _run(trainer, rows=slice(4 * rank, 4 * rank + 4)).items()}))
-    torch.distributed.barrier()
+METHODS = ("dino", "dino_vmf")
+
+
+def _rank_of_two(rank, folder):
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/group")
+    for method in METHODS:
+        recipe = resolve(method, preset="digits", overrides=TINY)
+        trainer = Trainer(recipe, Runtime(torch.device("cpu"), "fp64", rank, 2), Plan(2, 3))
+        torch.save(_run(trainer, rows=slice(4 * rank, 4 * rank + 4)), f"{folder}/{method}.{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("method", ["dino", "dino_vmf"])
-def test_two_ranks_of_b_equal_one_rank_of_2b(method, tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    init = f"file://{tmp_path / 'group'}"
-    ranks = [context.Process(target=_rank_of_two, args=(rank, method, init, queue)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    answers = dict(queue.get() for _ in ranks)
-    for process in ranks:
-        process.join()
-        assert process.exitcode == 0
-    alone = _run(_float64_trainer(resolve(method, preset="digits", overrides=TINY), Plan(2, 3)))
-    for weights in answers.values():
-        _assert_equal(alone, {k: torch.from_numpy(v) for k, v in weights.items()}, rtol=1e-6, atol=1e-9)
+def test_two_ranks_of_b_equal_one_rank_of_2b(tmp_path):
+    torch.multiprocessing.spawn(_rank_of_two, (str(tmp_path),), nprocs=2)
+    for method in METHODS:
+        alone = _run(_float64_trainer(resolve(method, preset="digits", overrides=TINY), Plan(2, 3)))
+        for rank in range(2):
+            weights = torch.load(tmp_path / f"{method}.{rank}.pt", weights_only=True)
+            _assert_equal(alone, weights, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("method", ["dino", "dino_vmf"])
+@pytest.mark.parametrize("method", METHODS)
 def test_micro_batches_equal_one_batch(method):
     whole, parts = (
         _run(_float64_trainer(resolve(method, preset="digits", overrides=[*TINY, extra]), Plan(2, 3)))
         for extra in ("runtime.accumulate=1", "runtime.accumulate=4")
     )
-    _assert_equal(whole, parts, rtol=1e-9, atol=1e-12)
+    _assert_equal(whole, parts, rtol=1e-9, atol=1e-9)  # the key bias has no gradient: Adam walks on its rounding noise
 
 
 @pytest.mark.parametrize("method", ["dino", "dino_vmf", "dino_free"])
