@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -119,7 +120,7 @@ def _check_content(session: nox.Session, wheel_file: Path) -> None:
 def wheel(session: nox.Session) -> None:
     """Build the wheel, install it afresh, run it from an empty folder and beside a decoy pretrain.py."""
     built = Path(session.create_tmp()).absolute() / "wheel"
-    session.run("rm", "-rf", str(built), external=True)
+    shutil.rmtree(built, ignore_errors=True)
     if session.venv_backend == "uv":
         session.run("uv", "build", "--quiet", "--wheel", "--out-dir", str(built), external=True)
     else:
