@@ -82,12 +82,12 @@ class PositionalViT(VisionTransformer):
 
     def _resampling(self, rows: int, columns: int, like: Tensor) -> Tensor:
         """R [rows * columns, N], made once per size, precision and device."""
-        cache: dict[tuple[int, int, torch.dtype, torch.device], Tensor]
-        cache = self.__dict__.setdefault("_resampling_cache", {})
-        key = (rows, columns, like.dtype, like.device)
+        cache: dict[tuple[object, ...], Tensor] = self.__dict__.setdefault("_resampling_cache", {})
+        stored_grid = self.patch_embed.grid_size
+        key = (stored_grid, rows, columns, self.pos_interpolation, like.dtype, like.device)
         if key not in cache:
             with torch.inference_mode(False):  # made while evaluating, it must serve a later training step too
-                matrix = resampling_matrix(self.patch_embed.grid_size, (rows, columns), self.pos_interpolation)
+                matrix = resampling_matrix(stored_grid, (rows, columns), self.pos_interpolation)
                 cache[key] = matrix.to(like.device, like.dtype)
         return cache[key]
 
@@ -98,8 +98,7 @@ def resampling_matrix(old: tuple[int, int], new: tuple[int, int], rule: Rule) ->
     basis = torch.eye(num_old, dtype=torch.float64).reshape(num_old, 1, *old)
     if rule == "dino":
         # The factors, not the sizes, set the sampling points: the 0.1 moves them.
-        side = num_old**0.5
-        scale = ((new[0] + 0.1) / side, (new[1] + 0.1) / side)
+        scale = ((new[0] + 0.1) / old[0], (new[1] + 0.1) / old[1])
         responses = F.interpolate(basis, scale_factor=scale, mode="bicubic")
     else:
         responses = F.interpolate(basis, size=new, mode="bicubic", antialias=True)
