@@ -40,7 +40,7 @@ def value_and_slope(
     return value.detach(), slope
 
 
-def test_golden_vmf_logc(golden: Golden) -> None:
+def test_golden_vmf_logC(golden: Golden) -> None:
     reference = golden("vmf_logC")
     kappa = torch.from_numpy(reference["kappa"])
     for row, dim in enumerate(reference["p"].tolist()):
@@ -53,7 +53,7 @@ def test_golden_vmf_logc(golden: Golden) -> None:
         torch.testing.assert_close(bessel, torch.from_numpy(reference["log_besseli_nu"][row]), rtol=1e-9, atol=1e-6)
 
 
-def test_golden_vmf_logc_expansion_terms(golden: Golden) -> None:
+def test_golden_vmf_logC_expansion_terms(golden: Golden) -> None:
     reference = golden("vmf_logC")
     kappa = torch.from_numpy(reference["kappa"])
     for row, dim in enumerate(reference["p"].tolist()):
