@@ -29,10 +29,10 @@ FAISS_WORTH = 1e10
 
 
 class Neighbours(NamedTuple):
-    """similarity [M, k] float32 and index [M, k] int64 into the base, in the order of the module."""
+    """similarity [M, k] float32 and indices [M, k] int64 into the base, in the order of the module."""
 
     similarity: Tensor
-    index: Tensor
+    indices: Tensor
 
 
 def find_neighbours(
@@ -57,7 +57,7 @@ def find_neighbours(
     parts = list(_search_faiss(base, queries, k) if chosen == "faiss" else _search_torch(base, queries, k))
     if not parts:
         return Neighbours(queries.new_empty(0, k), torch.empty(0, k, dtype=torch.long, device=queries.device))
-    return Neighbours(torch.cat([p.similarity for p in parts]), torch.cat([p.index for p in parts]))
+    return Neighbours(torch.cat([p.similarity for p in parts]), torch.cat([p.indices for p in parts]))
 
 
 def choose_backend(backend: Backend, work: float, device: torch.device) -> Literal["torch", "faiss"]:
@@ -146,7 +146,7 @@ def _search_faiss(base: Tensor, queries: Tensor, k: int) -> Iterator[Neighbours]
         if len(tied):  # the tie across the k-th place is resolved by the exact search
             again = list(_search_torch(base, block[tied], k))
             found.similarity[tied] = torch.cat([part.similarity for part in again])
-            found.index[tied] = torch.cat([part.index for part in again])
+            found.indices[tied] = torch.cat([part.indices for part in again])
         yield found
 
 

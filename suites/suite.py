@@ -59,7 +59,7 @@ class Suite(BaseModel):
     version: int = Field(ge=1)
     protocol: str
     dataset: SuiteDataset = SuiteDataset()
-    transform: EvalTransform = EvalTransform()
+    transform: EvalTransform = EvalTransform.model_validate({})
     feature: Feature = "cls"
     parameters: dict[str, Any] = Field(default_factory=dict)
     """Of the protocol; checked by its own Parameters."""

@@ -10,6 +10,9 @@ Shapes: N train images, M test images, D features, S seeds.
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -56,17 +59,18 @@ def cluster(
     """Clusters of the test features [M, D] for each seed: S arrays [M]."""
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
-    from sklearn.utils._testing import ignore_warnings
 
     fit_on, apply_to = (nn.functional.normalize(x.float().cpu(), dim=1).numpy() for x in (train, test))
 
-    # Collapsed features have fewer distinct points than clusters; the score says so, a warning adds nothing.
-    @ignore_warnings(category=ConvergenceWarning)
-    def fit(offset: int) -> NDArray[np.int64]:
-        model = KMeans(num_clusters, n_init=parameters.num_inits, random_state=seed + offset).fit(fit_on)
-        return model.predict(apply_to).astype(np.int64)
-
-    return [fit(offset) for offset in range(parameters.num_seeds)]
+    found = []
+    with warnings.catch_warnings():
+        # Collapsed features have fewer distinct points than clusters; the score says so, a warning adds nothing.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for offset in range(parameters.num_seeds):
+            # set_params: the constructor's type stub knows n_init as a string only.
+            model = KMeans(num_clusters, random_state=seed + offset).set_params(n_init=parameters.num_inits)
+            found.append(np.asarray(model.fit(fit_on).predict(apply_to), dtype=np.int64))
+    return found
 
 
 def contingency(label: NDArray[np.int64], found: NDArray[np.int64]) -> Counts:
@@ -75,7 +79,7 @@ def contingency(label: NDArray[np.int64], found: NDArray[np.int64]) -> Counts:
     return np.bincount(label * shape[1] + found, minlength=shape[0] * shape[1]).reshape(shape)
 
 
-def normalised_mutual_information(counts: Counts) -> NDArray[np.float64]:
+def normalised_mutual_information(counts: NDArray[Any]) -> NDArray[np.float64]:
     """NMI of tables [R, C, G]: 2 I / (H(class) + H(cluster)); 1 when both have one value, 0 when one has."""
     share = counts / counts.sum((1, 2), keepdims=True)
     joint, classes, clusters = _entropy(share.reshape(len(share), -1)), _entropy(share.sum(2)), _entropy(share.sum(1))

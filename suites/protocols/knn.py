@@ -91,7 +91,7 @@ def classify(
     start = 0
     for chunk in votes:
         stop = start + len(chunk[k[0]])
-        label = test_labels[start:stop].to(neighbours.index.device)[:, None]
+        label = test_labels[start:stop].to(neighbours.indices.device)[:, None]
         for size, score in chunk.items():
             ranks[size].append(rank_of(label, score).cpu())
             predictions[size].append(score.argmax(1).cpu())  # argmax gives the first, so the lower label
@@ -114,7 +114,7 @@ def class_scores(
     The votes of a larger k are those of the smaller one plus the rest: each neighbour is added once, with scatter_add
     and no k x C one-hot. Sums in float64, so that their order does not matter for any float32 similarity.
     """
-    labels = train_labels.to(neighbours.index.device)[neighbours.index]
+    labels = train_labels.to(neighbours.indices.device)[neighbours.indices]
     weights = neighbours.similarity.double() / temperature
     weights = weights.softmax(1) if weighting == "dinov2" else weights.exp()
     for label, weight in zip(labels.split(chunk), weights.split(chunk), strict=True):

@@ -16,7 +16,7 @@ from pretrain.models.backbones import last_tokens
 from pretrain.models.checkpoint import LoadedModel
 from suites.cache import FeatureCache
 from suites.features import describe_feature, extract, feature_key, resolve_feature
-from suites.suite import LastBlocks
+from suites.suite import Feature, LastBlocks
 
 MakeImages = Callable[..., ImageSet]
 TRANSFORM = EvalTransform(resize=16, crop=None, interpolation="bilinear")
@@ -47,13 +47,13 @@ def test_layers_are_concatenated_oldest_first_then_the_mean_patch(model: LoadedM
     x = TRANSFORM.batch(images.array)
     (cls1, _), (cls2, patches) = last_tokens(model.backbone, x, 2)
     assert patches is not None
-    wanted = {
-        "cls+avg": torch.cat([cls2, patches.mean(1)], 1),
-        "dino": torch.cat([cls1, cls2], 1),  # all blocks of a network of two
-        LastBlocks(last=2, avgpool=True): torch.cat([cls1, cls2, patches.mean(1)], 1),
-    }
-    for feature, expected in wanted.items():
-        found = extract(model, images, TRANSFORM, feature).cls  # type: ignore[arg-type]
+    wanted: list[tuple[Feature, torch.Tensor]] = [
+        ("cls+avg", torch.cat([cls2, patches.mean(1)], 1)),
+        ("dino", torch.cat([cls1, cls2], 1)),  # all blocks of a network of two
+        (LastBlocks(last=2, avgpool=True), torch.cat([cls1, cls2, patches.mean(1)], 1)),
+    ]
+    for feature, expected in wanted:
+        found = extract(model, images, TRANSFORM, feature).cls
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 

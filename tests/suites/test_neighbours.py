@@ -21,7 +21,7 @@ def test_neighbours_equal_a_full_stable_sort(backend: neighbours.Backend, num_ba
     generator = torch.Generator().manual_seed(num_base)
     base, queries = torch.randn(num_base, 24, generator=generator), torch.randn(130, 24, generator=generator)
     found = find_neighbours(base, queries, 20, backend=backend)
-    assert torch.equal(found.index, plain(base, queries, 20))
+    assert torch.equal(found.indices, plain(base, queries, 20))
     assert (found.similarity.diff(dim=1) <= 0).all()
 
 
@@ -34,13 +34,13 @@ def test_ties_go_to_the_lower_index_also_across_the_kth_place(
     # Axis-parallel features: similarities are exactly 0 or 1, so nearly everything is a tie.
     axis = torch.randint(4, (num_base,), generator=torch.Generator().manual_seed(0))
     base, queries = torch.eye(4)[axis], torch.eye(4)
-    assert torch.equal(find_neighbours(base, queries, k, backend=backend).index, plain(base, queries, k))
+    assert torch.equal(find_neighbours(base, queries, k, backend=backend).indices, plain(base, queries, k))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_collapsed_features_give_the_first_images(backend: neighbours.Backend) -> None:
     found = find_neighbours(torch.ones(4000, 8), torch.ones(9, 8), 5, backend=backend)
-    assert torch.equal(found.index, torch.arange(5).expand(9, 5))
+    assert torch.equal(found.indices, torch.arange(5).expand(9, 5))
 
 
 def test_two_stage_selection_equals_topk() -> None:
@@ -80,5 +80,5 @@ def test_gpu_search_equals_the_cpu_search(backend: neighbours.Backend) -> None:
     generator = torch.Generator().manual_seed(0)
     base, queries = torch.randn(20000, 64, generator=generator), torch.randn(500, 64, generator=generator)
     on_gpu, on_cpu = (find_neighbours(base, queries, 20, backend=backend, device=d) for d in ("cuda", "cpu"))
-    agreement = (on_gpu.index.cpu() == on_cpu.index).double().mean()
+    agreement = (on_gpu.indices.cpu() == on_cpu.indices).double().mean()
     assert agreement > 0.999  # neighbours whose similarities differ by rounding only may swap

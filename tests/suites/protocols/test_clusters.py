@@ -45,7 +45,7 @@ def test_interval_holds_the_score_and_is_the_bootstrap_over_images(make_split: M
     found = clusters.cluster(train.features, test.features, 3, parameters, seed=0)
     label, generator = test.labels.numpy(), np.random.default_rng(1)
     values = []
-    for _ in range(400):
+    for _ in range(150):
         chosen = generator.integers(0, len(label), len(label))
         values.append(np.mean([100 * normalized_mutual_info_score(label[chosen], f[chosen]) for f in found]))
     shift = outcome.scores["nmi"] - np.mean(values)
