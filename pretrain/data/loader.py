@@ -113,12 +113,15 @@ class Loader:
     def _from_memory(self, step: int) -> Iterator[Batch]:
         """The whole set lies on the device; a batch is a gather and the batched views."""
         assert self.images.array is not None
-        array = self.images.array.to(self.device)
+        array = self.images.array
+        if array.stride(1) == 0:
+            array = array[:, :1]  # a gray set: one channel is enough
+        array = array.to(self.device)
         make = BatchedViews(self.views, self.seed)
         while True:
             epoch, index = self.index(step)
-            index = self._to_device(index)
-            yield Batch(make(array.index_select(0, index), None, index, epoch), index, epoch)
+            on_device = self._to_device(index)
+            yield Batch(make(array.index_select(0, on_device), None, index, epoch), on_device, epoch)
             step += 1
 
     def _from_workers(self, step: int) -> Iterator[Batch]:
@@ -135,10 +138,12 @@ class Loader:
             generator=torch.Generator(),
         )
         for (epoch, index), content in loader:
-            index = self._to_device(index)
-            tensors = [self._to_device(tensor) for tensor in content]
-            views = tensors if pil else make(tensors[0], tensors[1], index, epoch)
-            yield Batch(views, index, epoch)
+            if pil:
+                views = [self._to_device(view) for view in content]
+            else:
+                pixels, sizes = content
+                views = make(self._to_device(pixels), sizes, index, epoch)
+            yield Batch(views, self._to_device(index), epoch)
 
 
 class _Keys:

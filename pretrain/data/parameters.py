@@ -1,7 +1,10 @@
-"""The random parameters of the batched views, drawn for all views and images at once.
+"""The random parameters of the batched views, drawn on the host for all views of a batch at once.
 
 Distributions are those of torchvision's `get_params` (RandomResizedCrop, ColorJitter, RandomAffine, RandomErasing) and of
-the official DINO blur and solarize. Shape legend: V views, B images, T = 10 tries of torchvision's rejection loop.
+the official DINO blur and solarize. They are drawn with numpy in double precision, so that a training on the GPU cuts the
+same boxes as one on the CPU, and no kernel is launched for a few hundred numbers.
+
+Shape legend: V views, B images, T = 10 tries of torchvision's rejection loops, S linear colour steps.
 """
 
 from __future__ import annotations
@@ -9,74 +12,62 @@ from __future__ import annotations
 import itertools
 import math
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from pretrain.data.random_bits import uniforms
+from pretrain.data.random_bits import Words, uniforms
 from pretrain.data.views import View, ViewsConfig
+
+Array = np.ndarray
 
 _TRIES = 10
 """torchvision's RandomResizedCrop and RandomErasing give up after as many boxes that do not fit."""
 _ERASE_SCALE = (0.02, 0.33)
 _ERASE_RATIO = (0.3, 3.3)
 
-# First slot of each parameter. Every parameter keeps its slots whether it is in use or not, so that switching one
-# operation on does not change the draws of another.
+# First slot of each parameter. A parameter keeps its slots whether it is in use or not, so that switching one operation on
+# does not change the draws of another.
 _SLOTS = {
-    "area": 0,
-    "ratio": 10,
-    "top": 20,
-    "left": 21,
-    "flip": 22,
-    "jitter": 23,
-    "brightness": 24,
-    "contrast": 25,
-    "saturation": 26,
-    "hue": 27,
-    "order": 28,
-    "hue_place": 29,
-    "gray": 30,
-    "blur": 31,
-    "radius": 32,
-    "solarize": 33,
-    "rotation": 34,
-    "shear": 35,
-    "erase": 36,
-    "erase_top": 37,
-    "erase_left": 38,
-    "erase_area": 40,
-    "erase_ratio": 50,
-}
-_WIDE = {"area": _TRIES, "ratio": _TRIES, "erase_area": _TRIES, "erase_ratio": _TRIES}
+    "area": 0, "ratio": 10, "top": 20, "left": 21, "flip": 22, "jitter": 23, "brightness": 24, "contrast": 25,
+    "saturation": 26, "hue": 27, "order": 28, "hue_place": 29, "gray": 30, "blur": 31, "radius": 32, "solarize": 33,
+    "rotation": 34, "shear": 35, "erase": 36, "erase_top": 37, "erase_left": 38, "erase_area": 40, "erase_ratio": 50,
+}  # fmt: skip
+_WIDE = ("area", "ratio", "erase_area", "erase_ratio")
+"""Parameters with one number per try."""
 _SLOTS_PER_VIEW = 64
-"""Counters of view v start at 64 v; the noise of all views starts at 2^20, far above."""
-NOISE_COUNTER = 1 << 20
+"""Counters of view v start at 64 v."""
+NOISE_COUNTERS_PER_VIEW = 1 << 32
+"""Counters of its noise start at 2^32 (v + 1), far above."""
 
 
 class Draw:
-    """Uniform numbers by parameter name for some views of a batch: `draw["flip"]` is float64 [V, B] ([T, V, B] if wide)."""
+    """The uniform numbers by parameter name: `draw["flip"]` is float64 [V, B], `draw["area"]` [T, V, B]."""
 
-    def __init__(self, config: ViewsConfig, views: tuple[View, ...], streams: Tensor) -> None:
-        self.config, self.views = config, views
-        names = _used(config, views)
-        slots = [(name, _SLOTS[name] + k) for name in names for k in range(_WIDE.get(name, 1))]
-        counters = torch.tensor(
-            [[_SLOTS_PER_VIEW * view.number + slot for view in views] for _, slot in slots], dtype=torch.int64
-        ).to(streams.device, non_blocking=True)
-        numbers = uniforms(streams, counters.flatten()).view(len(slots), len(views), -1)
-        self._numbers: dict[str, Tensor] = {}
-        start = 0
-        for name in names:
-            width = _WIDE.get(name, 1)
-            self._numbers[name] = numbers[start : start + width] if name in _WIDE else numbers[start]
-            start += width
+    def __init__(self, config: ViewsConfig, streams: Words) -> None:
+        self.config = config
+        self.views = config.views
+        self.shape = (len(self.views), len(streams))
+        names = _used(config, self.views)
+        slots = np.concatenate([np.arange(_SLOTS[n], _SLOTS[n] + _width(n)) for n in names])
+        first = _SLOTS_PER_VIEW * np.arange(len(self.views))
+        numbers = uniforms(streams, (slots[:, None] + first).ravel()).reshape(len(slots), *self.shape)
+        ends = itertools.accumulate(_width(n) for n in names)
+        self._numbers = {n: numbers[end - _width(n) : end] for n, end in zip(names, ends, strict=True)}
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self._numbers[name]
+    def __getitem__(self, name: str) -> Array:
+        numbers = self._numbers[name]
+        return numbers if name in _WIDE else numbers[0]
 
-    def between(self, name: str, low: float, high: float) -> Tensor:
-        """Uniform on [low, high): float32 [V, B]."""
-        return self[name].mul(high - low).add_(low).float()
+    def between(self, name: str, low: float, high: float) -> Array:
+        """Uniform on [low, high): [V, B]."""
+        return self[name] * (high - low) + low
+
+    def per_view(self, field: str) -> Array:
+        """A number of each view's kind: [V, 1]."""
+        return np.array([getattr(view, field) for view in self.views])[:, None]
+
+
+def _width(name: str) -> int:
+    return _TRIES if name in _WIDE else 1
 
 
 def _used(config: ViewsConfig, views: tuple[View, ...]) -> list[str]:
@@ -95,19 +86,22 @@ def _used(config: ViewsConfig, views: tuple[View, ...]) -> list[str]:
     return names
 
 
-def _first_fitting(
-    width: Tensor, height: Tensor, fits: Tensor, other_width: Tensor, other_height: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Of T boxes [T, V, B], the first that fits, else the other one [V, B]."""
-    first = fits.to(torch.uint8).argmax(0, keepdim=True)
-    found = fits.any(0)
-    return (
-        torch.where(found, width.gather(0, first)[0], other_width),
-        torch.where(found, height.gather(0, first)[0], other_height),
-    )
+def _boxes(area: Array, ratio: Array, log_ratio: tuple[float, float]) -> tuple[Array, Array]:
+    """Sides sqrt(a r) and sqrt(a / r) in whole pixels, r log-uniform: areas and uniform numbers [T, V, B]."""
+    low, high = log_ratio
+    root = np.exp(0.5 * (ratio * (high - low) + low))
+    side = np.sqrt(area)
+    return np.rint(side * root), np.rint(side / root)
 
 
-def crop_boxes(draw: Draw, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _first_fitting(fits: Array, *tried: Array) -> tuple[Array, ...]:
+    """Of T tries [T, V, B] the first that fits, else the first of all [V, B]."""
+    first, shape = fits.argmax(0).ravel(), fits.shape[1:]
+    cell = np.arange(first.size)
+    return tuple(values.reshape(len(values), -1)[first, cell].reshape(shape) for values in tried)
+
+
+def crop_boxes(draw: Draw, sizes: Array) -> tuple[Array, Array, Array, Array]:
     """torchvision's RandomResizedCrop.get_params for every view and image.
 
     Args:
@@ -117,94 +111,97 @@ def crop_boxes(draw: Draw, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     Returns:
         top, left, height, width: whole numbers as float64 [V, B].
     """
-    image_height, image_width = sizes[:, 0].double(), sizes[:, 1].double()  # [B]
-    low = _column([view.scale[0] for view in draw.views], sizes.device)
-    high = _column([view.scale[1] for view in draw.views], sizes.device)
-    log_low, log_high = (math.log(r) for r in draw.config.ratio)
-    area = (draw["area"] * (high - low) + low) * (image_height * image_width)
-    ratio = (draw["ratio"] * (log_high - log_low) + log_low).exp_()
-    width, height = (area * ratio).sqrt_().round_(), (area / ratio).sqrt_().round_()
-    fits = (width > 0) & (width <= image_width) & (height > 0) & (height <= image_height)
-    # The fallback is the central box of the whole image, cut where its ratio is outside the allowed range.
+    image_height, image_width = sizes[:, 0].astype(np.float64), sizes[:, 1].astype(np.float64)  # [B]
+    scale = draw.per_view("scale")  # [V, 1, 2]
+    low, high = scale[..., 0], scale[..., 1]
     ratio_low, ratio_high = draw.config.ratio
-    whole_width = torch.minimum(image_width, (image_height * ratio_high).round_())
-    whole_height = torch.minimum(image_height, (image_width / ratio_low).round_())
+    area = (draw["area"] * (high - low) + low) * (image_height * image_width)
+    width, height = _boxes(area, draw["ratio"], (math.log(ratio_low), math.log(ratio_high)))
+    fits = (width > 0) & (width <= image_width) & (height > 0) & (height <= image_height)
+    width, height = _first_fitting(fits, width, height)
+    # The fallback is the central box of the whole image, cut where its ratio is outside the allowed range.
     found = fits.any(0)
-    width, height = _first_fitting(width, height, fits, whole_width, whole_height)
+    width = np.where(found, width, np.minimum(image_width, np.rint(image_height * ratio_high)))
+    height = np.where(found, height, np.minimum(image_height, np.rint(image_width / ratio_low)))
     room_y, room_x = image_height - height, image_width - width
-    top = torch.where(found, (draw["top"] * (room_y + 1)).floor_(), (room_y / 2).floor_())
-    left = torch.where(found, (draw["left"] * (room_x + 1)).floor_(), (room_x / 2).floor_())
+    top = np.where(found, np.floor(draw["top"] * (room_y + 1)), room_y // 2)
+    left = np.where(found, np.floor(draw["left"] * (room_x + 1)), room_x // 2)
     return top, left, height, width
 
 
-def erase_boxes(draw: Draw, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """torchvision's RandomErasing.get_params on size x size views; height 0 where nothing is erased. Each [V, B]."""
-    area = (draw["erase_area"] * (_ERASE_SCALE[1] - _ERASE_SCALE[0]) + _ERASE_SCALE[0]) * (size * size)
-    log_low, log_high = (math.log(r) for r in _ERASE_RATIO)
-    ratio = (draw["erase_ratio"] * (log_high - log_low) + log_low).exp_()
-    height, width = (area * ratio).sqrt_().round_(), (area / ratio).sqrt_().round_()
-    nothing = torch.zeros_like(draw["erase"])
-    width, height = _first_fitting(width, height, (height < size) & (width < size), nothing, nothing)
-    height = torch.where(draw["erase"] < draw.config.erase, height, nothing)
-    top = (draw["erase_top"] * (size - height + 1)).floor_()
-    left = (draw["erase_left"] * (size - width + 1)).floor_()
-    return top, left, height, width
+def flips(draw: Draw) -> Array:
+    """Whether to flip: bool [V, B]."""
+    return draw["flip"] < draw.config.flip if draw.config.flip else np.zeros(draw.shape, bool)
 
 
-def affine_parameters(draw: Draw) -> tuple[Tensor, Tensor]:
-    """Angle and shear along x in radians, float32 [V, B] (torchvision's RandomAffine)."""
-    rotation, shear = math.radians(draw.config.rotation), math.radians(draw.config.shear)
-    zeros = torch.zeros(len(draw.views), draw["area"].shape[-1], device=draw["area"].device)
-    angle = draw.between("rotation", -rotation, rotation) if rotation else zeros
-    return angle, draw.between("shear", -shear, shear) if shear else zeros
+def affine_matrices(draw: Draw, sizes: Array, padded: tuple[int, int]) -> Array:
+    """The maps from output to input positions of torchvision's RandomAffine, for `affine_grid`.
 
-
-def jitter_parameters(draw: Draw) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Colour jitter as a chain of linear operations with the hue shift somewhere between them (see colour.py).
-
-    A uniform order of n + 1 operations is a uniform order of n of them and a uniform place for the last.
+    Args:
+        draw: The uniform numbers.
+        sizes: Height and width of each image, [B, 2]; the map turns about the centre.
+        padded: Height and width of the batch, to which the grid's -1 to 1 refer.
 
     Returns:
-        coefficients: float32 [S, 3, V, B], for each of the S linear steps the weights of pixel, gray and mean gray; the
-            identity (1, 0, 0) where the image is not jittered.
-        hue: shift in turns, float32 [V, B], or None.
-        hue_place: the hue shift comes before the linear step of this number, int64 [V, B]; -1 where not jittered.
+        float64 [V, B, 2, 3].
+    """
+    zeros = np.zeros(draw.shape)
+    rotation, shear = math.radians(draw.config.rotation), math.radians(draw.config.shear)
+    angle = draw.between("rotation", -rotation, rotation) if rotation else zeros
+    slope = np.tan(draw.between("shear", -shear, shear)) if shear else zeros
+    cos, sin = np.cos(angle), np.sin(angle)
+    # Inverse of R(angle) Shear_x in pixels (torchvision's _get_inverse_affine_matrix).
+    inverse = np.stack([cos - sin * slope, cos * slope + sin, -sin, cos], -1).reshape(*draw.shape, 2, 2)
+    # Pixel position p and grid position g: p = half (g + 1), half the padded sides; x comes first.
+    half = np.array([padded[1], padded[0]]) / 2
+    centre = sizes[:, ::-1] / 2  # [B, 2]
+    linear = inverse * half / half[:, None]
+    offset = centre + np.einsum("vbij,bj->vbi", inverse, half - centre)
+    return np.concatenate([linear, (offset / half - 1)[..., None]], -1)
+
+
+def erase_boxes(draw: Draw, size: int) -> tuple[Array, Array, Array, Array]:
+    """torchvision's RandomErasing.get_params on size x size views; height 0 where nothing is erased. Each [V, B]."""
+    area = (draw["erase_area"] * (_ERASE_SCALE[1] - _ERASE_SCALE[0]) + _ERASE_SCALE[0]) * (size * size)
+    height, width = _boxes(area, draw["erase_ratio"], (math.log(_ERASE_RATIO[0]), math.log(_ERASE_RATIO[1])))
+    fits = (height < size) & (width < size)
+    width, height = _first_fitting(fits, width, height)
+    height = np.where(fits.any(0) & (draw["erase"] < draw.config.erase), height, 0.0)
+    top = np.floor(draw["erase_top"] * (size - height + 1))
+    left = np.floor(draw["erase_left"] * (size - width + 1))
+    return top, left, height, width
+
+
+def jitter_steps(draw: Draw) -> Array:
+    """Brightness, contrast and saturation in a random order of each image, as weights (see colour.py).
+
+    Returns:
+        float64 [S, 3, V, B]: for each of the S steps the weights of the pixel, of its gray value and of the image's mean
+        gray value; (1, 0, 0) where the image is not jittered.
     """
     config = draw.config
-    applied = draw["jitter"] < config.jitter
     names = [name for name in ("brightness", "contrast", "saturation") if getattr(config, name) > 0]
-    steps = _linear_steps(draw, names, applied)
-    if config.hue == 0:
-        return steps, None, None
-    place = (draw["hue_place"] * (len(names) + 1)).long()
-    return steps, draw.between("hue", -config.hue, config.hue), torch.where(applied, place, -1)
-
-
-def _linear_steps(draw: Draw, names: list[str], applied: Tensor) -> Tensor:
-    """The weights [S, 3, V, B] of the S named operations in the order drawn for each view."""
-    device = applied.device
+    weights = np.zeros((len(names), 3, *draw.shape))
     if not names:
-        return torch.empty(0, 3, *applied.shape, device=device)
-    # gain, gray, mean gray: x f; x f + mean (1 - f); x f + gray (1 - f) (torchvision's _blend)
-    rows = []
-    for name in names:
-        strength = getattr(draw.config, name)
-        factor = torch.where(applied, draw.between(name, max(0.0, 1 - strength), 1 + strength), 1.0)
-        zero = torch.zeros_like(factor)
-        rest = 1 - factor
-        rows.append(torch.stack([factor, rest if name == "saturation" else zero, rest if name == "contrast" else zero]))
-    if len(names) == 1:
-        return rows[0][None]
-    orders = torch.tensor(list(itertools.permutations(range(len(names))))).to(device, non_blocking=True)  # [n!, n]
-    order = orders[(draw["order"] * len(orders)).long()].movedim(-1, 0)  # [S, V, B]
-    return torch.stack(rows).gather(0, order[:, None].expand(-1, 3, -1, -1))
+        return weights
+    applied = draw["jitter"] < config.jitter
+    for row, name in zip(weights, names, strict=True):
+        strength = getattr(config, name)
+        factor = np.where(applied, draw.between(name, max(0.0, 1 - strength), 1 + strength), 1.0)
+        # torchvision's _blend: x f + gray (1 - f) for saturation, x f + mean gray (1 - f) for contrast, x f.
+        row[0] = factor
+        if name != "brightness":
+            row[1 if name == "saturation" else 2] = 1 - factor
+    orders = np.array(list(itertools.permutations(range(len(names))))).T  # [S, S!]
+    order = orders[:, (draw["order"].ravel() * orders.shape[1]).astype(np.int64)]  # [S, V B]
+    ordered = weights.reshape(len(names), 3, -1)[order, :, np.arange(order.shape[1])]  # [S, V B, 3]
+    return np.moveaxis(ordered, -1, 1).reshape(weights.shape)
 
 
-def chosen(draw: Draw, name: str, probabilities: list[float]) -> Tensor:
-    """Whether an operation with one probability per view is applied: bool [V, B]."""
-    return draw[name] < _column(probabilities, draw[name].device)
+def hue_places(draw: Draw, num_steps: int) -> Array:
+    """Before which of the linear steps (num_steps: after all) the hue is shifted, int64 [V, B]; -1 where it is not.
 
-
-def _column(values: list[float], device: torch.device) -> Tensor:
-    """float64 [V, 1], one value per view."""
-    return torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)[:, None]
+    A uniform order of S + 1 operations is a uniform order of S of them and a uniform place for the last.
+    """
+    place = (draw["hue_place"] * (num_steps + 1)).astype(np.int64)
+    return np.where(draw["jitter"] < draw.config.jitter, place, -1)

@@ -4,13 +4,15 @@ No state is kept, so the numbers of an image depend neither on its batch, nor on
 where a run was resumed. The generator is SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number
 generators"): each image gets its own 64-bit starting point, each counter one step of the Weyl sequence from there.
 
-Everything is int64 arithmetic with wrap-around, hence bit-equal on every device.
+Numbers that there are few of (where to crop) are drawn with numpy on the host, those for every pixel (noise) with torch on
+the device: both are 64-bit integer arithmetic with wrap-around and give the same bits everywhere.
 """
 
 from __future__ import annotations
 
-import math
+import functools
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,18 +21,12 @@ _WEYL = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
 
-
-def _signed(word: int) -> int:
-    """The int64 that has the bits of an unsigned 64-bit word."""
-    word &= _WORD
-    return word - (1 << 64) if word >> 63 else word
-
-
-_WEYL_SIGNED, _MIX_1_SIGNED, _MIX_2_SIGNED = _signed(_WEYL), _signed(_MIX_1), _signed(_MIX_2)
+Words = np.ndarray
+"""uint64 array."""
 
 
 def mix_words(*words: int) -> int:
-    """One unsigned 64-bit word out of several integers, on the host."""
+    """One unsigned 64-bit word out of several integers."""
     state = 0
     for word in words:
         state = (state + word + _WEYL) & _WORD
@@ -40,44 +36,52 @@ def mix_words(*words: int) -> int:
     return state
 
 
-def _mix(state: Tensor) -> Tensor:
-    """SplitMix64's finaliser, in place; the masks make torch's arithmetic shifts logical ones."""
-    state ^= (state >> 30) & ((1 << 34) - 1)
-    state *= _MIX_1_SIGNED
-    state ^= (state >> 27) & ((1 << 37) - 1)
-    state *= _MIX_2_SIGNED
-    state ^= (state >> 31) & ((1 << 33) - 1)
+def _mix(state: Words) -> Words:
+    """SplitMix64's finaliser, in place."""
+    state ^= state >> np.uint64(30)
+    state *= np.uint64(_MIX_1)
+    state ^= state >> np.uint64(27)
+    state *= np.uint64(_MIX_2)
+    state ^= state >> np.uint64(31)
     return state
 
 
-def image_streams(seed: int, epoch: int, index: Tensor) -> Tensor:
-    """The starting point of each image's stream: index int64 [B] -> int64 [B]."""
-    return _mix(index * _WEYL_SIGNED + _signed(mix_words(seed, epoch)))
+def image_streams(seed: int, epoch: int, index: np.ndarray) -> Words:
+    """The starting point of each image's stream: index [B] -> uint64 [B]."""
+    return _mix(index.astype(np.uint64) * np.uint64(_WEYL) + np.uint64(mix_words(seed, epoch)))
 
 
-def bits(streams: Tensor, counters: Tensor) -> Tensor:
-    """64 random bits each: streams [B], counters [C] (int64) -> int64 [C, B]."""
-    return _mix((counters + 1).mul_(_WEYL_SIGNED)[:, None] + streams)
+def uniforms(streams: Words, counters: np.ndarray) -> np.ndarray:
+    """U[0, 1) with 53 bits: streams [B], counters [C] -> float64 [C, B]."""
+    steps = (counters.astype(np.uint64) + np.uint64(1)) * np.uint64(_WEYL)
+    return (_mix(steps[:, None] + streams) >> np.uint64(11)) * 2.0**-53
 
 
-def uniforms(streams: Tensor, counters: Tensor) -> Tensor:
-    """U[0, 1) with 53 bits: streams [B], counters [C] -> float64 [C, B].
-
-    Double precision, so that two devices whose logarithms differ in the last bit still round to the same crop box.
-    """
-    return ((bits(streams, counters) >> 11) & ((1 << 53) - 1)).to(torch.float64).mul_(2.0**-53)
+def _signed(word: int) -> int:
+    """The int64 that has the bits of an unsigned 64-bit word."""
+    return word - (1 << 64) if word >> 63 else word
 
 
-def normals(streams: Tensor, first_counter: int, count: int) -> Tensor:
-    """N(0, 1), four per 64 random bits (Box-Muller on 16-bit uniforms, |x| <= 4.9): streams [B] -> float32 [B, count]."""
-    words = -(-count // 4)
-    counters = torch.arange(first_counter, first_counter + words, device=streams.device)
-    word = bits(streams, counters).t()  # [B, words]
-    radius, angle = [], []
-    for pair in range(2):
-        radius.append((word >> (32 * pair)) & 0xFFFF)
-        angle.append((word >> (32 * pair + 16)) & 0xFFFF)
-    # + 0.5 keeps the logarithm away from 0.
-    length = torch.stack(radius, 1).to(torch.float32).add_(0.5).mul_(2.0**-16).log_().mul_(-2.0).sqrt_()
-    turn = torch.stack(angle, 1).to(torch.float32).mul_(2.0 * math.pi * 2.0**-16)
-    return torch.cat([length * turn.cos(), length * turn.sin_()], 1).flatten(1)[:, :count]
+def device_bits(streams: Tensor, counters: Tensor) -> Tensor:
+    """64 random bits each, on the device: streams int64 [B], counters int64 [C] -> int64 [B, C]."""
+    state = (counters + 1) * _signed(_WEYL) + streams[:, None]
+    # The masks make torch's arithmetic shifts logical ones.
+    state ^= (state >> 30).bitwise_and_((1 << 34) - 1)
+    state *= _signed(_MIX_1)
+    state ^= (state >> 27).bitwise_and_((1 << 37) - 1)
+    state *= _signed(_MIX_2)
+    state ^= (state >> 31).bitwise_and_((1 << 33) - 1)
+    return state
+
+
+@functools.cache
+def _normal_quantiles(device: torch.device) -> Tensor:
+    """The normal quantiles in the middle of 2^16 equal parts: [65536]."""
+    levels = (torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16)
+    return torch.special.ndtri(levels).float().to(device)
+
+
+def device_normals(streams: Tensor, counters: Tensor) -> Tensor:
+    """N(0, 1) in 2^16 steps (|x| < 4.4), four per counter: streams int64 [B], counters int64 [C] -> float32 [B, 4 C]."""
+    picked = device_bits(streams, counters).view(torch.uint16).int()
+    return _normal_quantiles(streams.device).index_select(0, picked.flatten()).view(picked.shape)

@@ -1,17 +1,20 @@
 """The views of a whole batch as tensor operations on its device.
 
-Images are processed together by output size: all global views of the batch are one tensor, all local views another. No
-loop over images, no transfer to the host. Randomness is a function of (seed, epoch, image, view): see random_bits.py.
+Images are processed together by output size: all global views of the batch are one tensor, all local views another. There
+is no loop over images and nothing is fetched from the device. Randomness is a function of (seed, epoch, image, view): the
+parameters are drawn on the host (parameters.py), noise on the device.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pretrain.data import colour, parameters, resample
-from pretrain.data.random_bits import image_streams, normals
-from pretrain.data.views import SOLARIZE_THRESHOLD, View, ViewsConfig
+from pretrain.data.random_bits import device_normals, image_streams
+from pretrain.data.resample import to_device
+from pretrain.data.views import SOLARIZE_THRESHOLD, ViewsConfig
 
 BLUR_TAPS = 9
 """Width of the Gaussian (DINOv2's kernel_size): it ends two standard deviations out at the largest radius, 2."""
@@ -28,8 +31,9 @@ class BatchedViews:
     def __init__(self, config: ViewsConfig, seed: int) -> None:
         self.config = config
         self.seed = seed
-        sizes = dict.fromkeys(view.size for view in config.views)
-        self._groups = [tuple(view for view in config.views if view.size == size) for size in sizes]
+        sizes = [view.size for view in config.views]
+        # Views of one size are neighbours: the two global ones, then the local ones.
+        self._groups = [(s, slice(sizes.index(s), sizes.index(s) + sizes.count(s))) for s in dict.fromkeys(sizes)]
         self._constants: dict[tuple[torch.device, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     @torch.no_grad()
@@ -37,99 +41,131 @@ class BatchedViews:
         """The views [g1, g2, l1, ...] of a batch.
 
         Args:
-            pixels: uint8 [B, 3, H, W], zero where images smaller than H x W are padded (at the bottom and right).
-            sizes: Height and width of each image, int64 [B, 2]; None where none is padded.
-            index: Number of each image in its set, int64 [B]; decides its random numbers.
+            pixels: uint8 [B, C, H, W], zero where images smaller than H x W are padded (at the bottom and right). C = 1
+                stands for three equal channels: everything is then computed once and repeated at the end.
+            sizes: Height and width of each image, int64 [B, 2] on the CPU; None where none is padded.
+            index: Number of each image in its set, int64 [B] on the CPU; decides its random numbers.
             epoch: Likewise.
 
         Returns:
-            One float32 [B, 3, s, s] per view.
+            One float32 [B, 3, s, s] per view, on the device of `pixels`.
         """
-        if sizes is None:
-            sizes = torch.tensor(pixels.shape[-2:]).to(pixels.device, non_blocking=True).expand(len(pixels), 2)
-        streams = image_streams(self.seed, epoch, index.to(pixels.device, non_blocking=True))
-        images = pixels.permute(0, 2, 1, 3).float().mul_(1 / 255)  # [B, H, 3, W]
-        views: dict[int, Tensor] = {}
-        for group in self._groups:
-            crops = self._group(group, images, sizes, streams)
-            views.update(zip((view.number for view in group), crops, strict=True))
-        return [views[number] for number in range(len(views))]
+        batch, channels, height, width = pixels.shape
+        host_sizes = np.tile([[height, width]], (batch, 1)) if sizes is None else sizes.numpy(force=True)
+        streams = image_streams(self.seed, epoch, index.numpy(force=True))
+        draw = parameters.Draw(self.config, streams)
+        images = self._images(pixels, draw, host_sizes)
+        boxes = np.stack(parameters.crop_boxes(draw, host_sizes))
+        steps = parameters.jitter_steps(draw) if self.config.jitters else None
+        noise = self._noise(streams, channels, pixels.device) if self.config.noise else None
+        views: list[Tensor] = []
+        for size, group in self._groups:
+            x = self._crop(draw, images, boxes, size, group)  # [N, C, s, s], N = V B
+            x = x if steps is None else self._jitter(draw, x, steps, group)
+            x = self._filter(draw, x, group)
+            x = self._finish(draw, x, group, None if noise is None else noise[size])
+            views.extend(x.view(-1, batch, 3, size, size))
+        return views
 
-    def _group(self, group: tuple[View, ...], images: Tensor, sizes: Tensor, streams: Tensor) -> Tensor:
-        """The views of one output size: images [B, H, 3, W] -> [V, B, 3, s, s]."""
-        draw = parameters.Draw(self.config, group, streams)
-        crops = self._crop(draw, images, sizes)
-        shape = crops.shape
-        x = crops.view(-1, *shape[2:])  # [N, 3, s, s], N = V B
-        x = self._filter(draw, self._recolour(draw, x))
-        return self._finish(draw, x, streams).view(shape)
+    def _images(self, pixels: Tensor, draw: parameters.Draw, sizes: np.ndarray) -> Tensor:
+        """The images that the views are cut from, with their rows outermost.
 
-    def _crop(self, draw: parameters.Draw, images: Tensor, sizes: Tensor) -> Tensor:
-        """Affine map, crop, resize and flip: images [B, H, 3, W] -> [V, B, 3, s, s]."""
-        config, size = self.config, draw.views[0].size
-        batch, height, _, width = images.shape
-        top, left, box_height, box_width = parameters.crop_boxes(draw, sizes)
-        flip = (draw["flip"] < config.flip).flatten() if config.flip else None
-        rows = resample.resize_weights(top.flatten(), box_height.flatten(), height, size)
-        columns = resample.resize_weights(left.flatten(), box_width.flatten(), width, size, flip)
-        rows, columns = rows.view(-1, batch, size, height), columns.view(-1, batch, size, width)
-        if not (config.rotation or config.shear):
-            return resample.crop_resize(images, rows, columns)
-        # Each view has its own rotated image: views become images of one crop each.
-        angle, shear = parameters.affine_parameters(draw)
-        num_views = len(draw.views)
-        planes = images.transpose(1, 2).expand(num_views, -1, -1, -1, -1).reshape(-1, 3, height, width)
-        turned = resample.affine(planes, sizes.repeat(num_views, 1), angle.flatten(), shear.flatten())
-        crops = resample.crop_resize(turned.transpose(1, 2), rows.flatten(0, 1)[None], columns.flatten(0, 1)[None])
-        return crops.view(num_views, batch, 3, size, size)
+        Returns:
+            float32 [B, 1, H, C, W], the same image for all views; or [B, V, H, C, W] if each view has its own rotation.
+        """
+        if not (self.config.rotation or self.config.shear):
+            return pixels.permute(0, 2, 1, 3).float()[:, None]
+        matrices = parameters.affine_matrices(draw, sizes, (pixels.shape[-2], pixels.shape[-1])).swapaxes(0, 1)
+        return resample.affine(pixels.float(), to_device(matrices, pixels.device)).permute(0, 2, 3, 1, 4)
 
-    def _recolour(self, draw: parameters.Draw, x: Tensor) -> Tensor:
-        """Colour jitter and gray on [N, 3, s, s]."""
-        config = self.config
-        if config.jitters:
-            steps, hue, place = parameters.jitter_parameters(draw)
-            use_gray, use_mean = config.saturation > 0, config.contrast > 0
-            for number in range(len(steps) + 1):
-                if hue is not None and place is not None:
-                    x = colour.where_chosen((place == number).flatten(), colour.shift_hue, x, hue.flatten())
-                if number < len(steps):
-                    x = colour.linear_step(x, steps[number].flatten(1), use_gray=use_gray, use_mean=use_mean)
-        if config.gray:
-            x = colour.where_chosen((draw["gray"] < config.gray).flatten(), colour.to_gray, x)
+    def _crop(self, draw: parameters.Draw, images: Tensor, boxes: np.ndarray, size: int, group: slice) -> Tensor:
+        """Crop, resize and flip to [0, 1]: images [B, V or 1, H, C, W], boxes [4, V, B] -> [N, C, s, s]."""
+        batch, own_images, height, channels, width = images.shape
+        top, left, box_height, box_width = boxes[:, group].swapaxes(1, 2).reshape(4, -1)  # image by image
+        flip = np.zeros((2, len(top)), bool)
+        if self.config.flip:
+            flip[1] = (draw["flip"] < self.config.flip)[group].T.ravel()
+        # Rows and columns at once; the weights of pixels outside the image are 0 and cut off.
+        weights = resample.resize_weights(
+            np.concatenate([top, left]),
+            np.concatenate([box_height, box_width]),
+            max(height, width),
+            size,
+            images.device,
+            flip.ravel(),
+        )
+        rows, columns = weights.view(2, batch, -1, size, max(height, width))
+        rows, columns = rows[..., :height] * (1 / 255), columns[..., :width]
+        if own_images == 1:
+            crops = resample.crop_resize(images[:, 0], rows, columns)
+        else:
+            own = images[:, group].flatten(0, 1)
+            crops = resample.crop_resize(own, rows.flatten(0, 1)[:, None], columns.flatten(0, 1)[:, None])
+        crops = crops.view(batch, -1, size, channels, size).permute(1, 0, 3, 2, 4)
+        # Clipped as 8-bit pixels are: the cubic filter overshoots.
+        return crops.clamp(0, 1).reshape(-1, channels, size, size)
+
+    def _jitter(self, draw: parameters.Draw, x: Tensor, steps: np.ndarray, group: slice) -> Tensor:
+        """Colour jitter on [N, C, s, s] with steps [S, 3, V, B]."""
+        config, num_steps = self.config, len(steps)
+        weights = to_device(steps[:, :, group].reshape(num_steps, 3, -1), x.device)
+        place = hue = None
+        if config.hue:
+            place = parameters.hue_places(draw, num_steps)[group].ravel()
+            hue = draw.between("hue", -config.hue, config.hue)[group].ravel()
+        for number in range(num_steps + 1):
+            if place is not None:
+                x = colour.where_chosen(place == number, colour.shift_hue, x, hue)
+            if number < num_steps:
+                use_gray, use_mean = config.saturation > 0, config.contrast > 0
+                x = colour.linear_step(x, weights[number], use_gray=use_gray, use_mean=use_mean)
         return x
 
-    def _filter(self, draw: parameters.Draw, x: Tensor) -> Tensor:
-        """Blur and solarization on [N, 3, s, s]."""
-        blur, solarize = [view.blur for view in draw.views], [view.solarize for view in draw.views]
-        if any(blur):
-            radius = draw.between("radius", *self.config.blur_radius).flatten()
+    def _filter(self, draw: parameters.Draw, x: Tensor, group: slice) -> Tensor:
+        """Gray, blur and solarization on [N, C, s, s]."""
+        if self.config.gray:
+            x = colour.where_chosen((draw["gray"] < self.config.gray)[group].ravel(), colour.to_gray, x)
+        views = draw.views[group]
+        if any(view.blur for view in views):
+            chosen = (draw["blur"] < draw.per_view("blur"))[group].ravel()
+            taps = resample.blur_taps(draw.between("radius", *self.config.blur_radius)[group].ravel(), BLUR_TAPS)
             shifts = self._constant(x)[0]
-            chosen = parameters.chosen(draw, "blur", blur).flatten()
-            x = colour.where_chosen(chosen, lambda images, r: resample.gaussian_blur(images, r, shifts), x, radius)
-        if any(solarize):
-            chosen = parameters.chosen(draw, "solarize", solarize).flatten()
+            x = colour.where_chosen(chosen, lambda images, t: resample.gaussian_blur(images, t, shifts), x, taps)
+        if any(view.solarize for view in views):
+            chosen = (draw["solarize"] < draw.per_view("solarize"))[group].ravel()
             x = colour.where_chosen(chosen, lambda images: colour.solarize(images, SOLARIZE_THRESHOLD / 255), x)
         return x
 
-    def _finish(self, draw: parameters.Draw, x: Tensor, streams: Tensor) -> Tensor:
-        """Noise, normalisation and erasing on [N, 3, s, s]."""
-        config, size = self.config, x.shape[-1]
-        if config.noise:
-            # Counters of different views lie a whole view of values apart.
-            values = 3 * size * size
-            noise = [
-                normals(streams, parameters.NOISE_COUNTER + view.number * values, values) for view in draw.views
-            ]
-            x = x.add_(torch.cat(noise).view_as(x), alpha=config.noise)
+    def _finish(self, draw: parameters.Draw, x: Tensor, group: slice, noise: Tensor | None) -> Tensor:
+        """Noise (per image [V, B, C s s]), normalisation and erasing: [N, C, s, s] -> [N, 3, s, s]."""
+        size = x.shape[-1]
         _, gain, offset = self._constant(x)
+        if noise is not None:
+            x = x.add_(noise.reshape(x.shape), alpha=self.config.noise)
         x = torch.addcmul(offset, x, gain)
-        if config.erase:
-            top, left, height, width = (t.reshape(-1, 1) for t in parameters.erase_boxes(draw, size))
+        if self.config.erase:
+            boxes = np.stack(parameters.erase_boxes(draw, size))[:, group].reshape(4, -1, 1)
+            top, left, height, width = to_device(boxes, x.device)
             position = torch.arange(size, device=x.device)
             in_rows = (position >= top) & (position < top + height)  # [N, s]
             in_columns = (position >= left) & (position < left + width)
             x = x.masked_fill_((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0.0)
         return x
+
+    def _noise(self, streams: np.ndarray, channels: int, device: torch.device) -> dict[int, Tensor]:
+        """N(0, 1) for every value of the views of each size s, [V, B, values]."""
+        first = parameters.NOISE_COUNTERS_PER_VIEW
+        words = {size: -(-channels * size * size // 4) for size, _ in self._groups}
+        counters = [first * (v.number + 1) + torch.arange(words[v.size]) for v in self.config.views]
+        normals = device_normals(
+            torch.from_numpy(streams.view(np.int64)).to(device, non_blocking=True),
+            torch.cat(counters).to(device, non_blocking=True),
+        )
+        parts = normals.split([4 * words[size] * (group.stop - group.start) for size, group in self._groups], 1)
+        return {
+            size: part.view(len(streams), -1, 4 * words[size])[..., : channels * size * size].transpose(0, 1)
+            for (size, _), part in zip(self._groups, parts, strict=True)
+        }
 
     def _constant(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Blur shifts of the size and the normalisation as gain and offset, made once per device and size."""
