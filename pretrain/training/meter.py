@@ -9,15 +9,11 @@ from collections.abc import Callable
 import torch
 
 from pretrain.errors import CheckFailed, DinobenchError
-from pretrain.objectives import prototype_usage
+from pretrain.objectives.prototype_usage import unique_count
 from pretrain.training.recipe import Recipe
 from pretrain.training.runtime import all_reduce_sum
 from pretrain.training.schedules import Plan
 from pretrain.training.trainer import Trainer
-
-UNIQUE_DISTANCE = 0.025
-"""Cosine distance above which two prototypes count as different (Govindarajan et al., BMVC 2024)."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
@@ -113,11 +109,7 @@ class Meter:
     def unique_prototypes(self) -> dict[str, float]:
         """Number of different prototypes, counted at checkpoints because it costs K^2."""
         prototypes = self.trainer.method.prototypes()
-        if prototypes is None:
-            return {}
-        with torch.no_grad():
-            count = prototype_usage.unique_count(prototypes.vectors().float(), UNIQUE_DISTANCE)
-        return {"prototypes/unique": float(count)}
+        return {} if prototypes is None else {"prototypes/unique": float(unique_count(prototypes.vectors()))}
 
     def _warm(self, step: int) -> bool:
         """Whether a verdict may be given: after the learning-rate warm-up and a fifth of the training."""

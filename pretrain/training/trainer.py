@@ -13,6 +13,7 @@ from pretrain.data.loader import Batch
 from pretrain.errors import DinobenchError, UsageError
 from pretrain.methods.method import Method, load_method
 from pretrain.models import checkpoint
+from pretrain.models.backbones import check_image_sizes
 from pretrain.training import optim, schedules
 from pretrain.training.recipe import Recipe
 from pretrain.training.runtime import Runtime, seed_everything
@@ -26,6 +27,7 @@ class Trainer:
         seed_everything(recipe.seed)  # the same initial weights on every rank
         self.method = load_method(recipe.method.name, recipe.source)(recipe, plan)
         self.method.to(device=runtime.device, dtype=runtime.dtype)
+        check_image_sizes(self.method.backbone(), sorted({view.size for view in recipe.views.views}))
         config = recipe.optim
         groups = optim.parameter_groups(self.method.student, decay_prototypes=config.decay_prototype_norms)
         self.optimizer = optim.create_optimizer(config, groups)
