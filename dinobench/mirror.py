@@ -6,6 +6,7 @@ says so once, loudly, and drops what comes; `dinobench runs sync RUN` logs what 
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -77,8 +78,10 @@ class Mirror:
             Whether MLflow now shows all that the run folder holds.
         """
         deadline = time.monotonic() + timeout
-        self._put(None)
-        self._thread.join(timeout)
+        if self._thread.is_alive():
+            with contextlib.suppress(queue.Full):
+                self._queue.put(None, timeout=timeout)
+        self._thread.join(max(0.0, deadline - time.monotonic()))
         if not self._thread.is_alive() and (self.failure or self._gaps):
             # a server that was away for a while: replay, in a thread so that a black hole cannot hold us
             self._thread = threading.Thread(target=self._replay, name="mlflow-replay", daemon=True)
@@ -92,8 +95,8 @@ class Mirror:
             )
         return complete
 
-    def _put(self, item: Point | Result | _Finish | None) -> None:
-        if self.failure and item is not None:
+    def _put(self, item: Point | Result | _Finish) -> None:
+        if self.failure:
             return
         try:
             self._queue.put_nowait(item)

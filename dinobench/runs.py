@@ -141,12 +141,14 @@ class RunFolder:
         return self.update(status="running", process=_this_process(), note="")
 
     def is_held(self) -> bool:
-        """Whether a process works in this folder now."""
+        """Whether a process works in this folder now; one that we may only read counts as free."""
         try:
-            with self.lock():
+            with FileLock(self.path / ".lock", timeout=0):
                 return False
-        except DinobenchError:
+        except Timeout:
             return True
+        except OSError:
+            return False
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -74,10 +74,9 @@ def annotated(values: dict, origins: dict[str, str], prefix: str = "") -> list[s
         if isinstance(value, dict) and value and dotted not in origins:
             lines += [f"{indent}{key}:", *annotated(value, origins, f"{dotted}.")]
             continue
-        text = yaml.safe_dump({key: value}, default_flow_style=None, width=10_000).strip()
-        if "\n" in text:  # a mapping: on one line
-            text = f"{key}: {yaml.safe_dump(value, default_flow_style=True, width=10_000).strip()}"
-        lines.append(f"{indent + text:<56}  # {origins.get(dotted, 'default')}")
+        # dumped in a list, because YAML ends a bare scalar with a document mark
+        text = yaml.safe_dump([value], default_flow_style=True, width=10_000).strip()[1:-1]
+        lines.append(f"{f'{indent}{key}: {text}':<56}  # {origins.get(dotted, 'default')}")
     return lines
 
 

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dinobench import train
+from dinobench.files import read_json
+from dinobench.reporter import Reporter
+from dinobench.runs import find_run
+from dinobench.train import Request, Summary
+from pretrain.errors import CheckFailed, DinobenchError, UsageError
+from pretrain.training.recipe import Recipe, resolve
+
+
+@pytest.fixture
+def pretrain(recipe: Recipe, tmp_path: Path):
+    def pretrain(recipe: Recipe = recipe, **options: Any) -> Summary:
+        request = Request(tmp_path / "runs", "dinobench pretrain dino", **options)
+        summary = train.pretrain(recipe, request, Reporter(silent=True))
+        assert summary is not None
+        return summary
+
+    return pretrain
+
+
+def steps(summary: Summary) -> list[int]:
+    return [point.step for point in summary.run.journal.read()]
+
+
+def test_a_finished_run_is_found_and_not_trained_again(fake_loop: Any, pretrain: Any) -> None:
+    first = pretrain()
+    second = pretrain()
+    assert first.trained
+    assert not second.trained
+    assert first.run == second.run
+    assert second.state.status == "finished"
+    assert len(fake_loop.calls) == 1
+
+
+def test_an_unfinished_run_asks_for_resume(fake_loop: Any, pretrain: Any) -> None:
+    fake_loop.stop_at = 2
+    assert pretrain().state.status == "interrupted"
+    with pytest.raises(DinobenchError, match=r"unfinished run .*interrupted.*--resume.*--new") as error:
+        pretrain()
+    assert error.value.exit_code == 3
+
+
+def test_resuming_continues_the_folder_and_its_metrics(fake_loop: Any, pretrain: Any) -> None:
+    fake_loop.stop_at, fake_loop.error = 2, RuntimeError("power cut")
+    with pytest.raises(RuntimeError):
+        pretrain()
+    fake_loop.stop_at = fake_loop.error = None
+    summary = pretrain(resume=True)
+    assert fake_loop.calls == [False, True]
+    assert steps(summary) == [1, 2, 3, 4]
+    assert summary.run.journal.curve("loss/total")[1] == [1.0, 1 / 2, 1 / 3, 1 / 4]
+    assert summary.state.status == "finished"
+    starts = read_json(summary.run.path / "environment.json")["starts"]
+    assert [start["resumed_at_step"] for start in starts] == [None, 2]
+
+
+def test_resume_where_nothing_was_started_starts(fake_loop: Any, pretrain: Any) -> None:
+    assert pretrain(resume=True).state.status == "finished"
+
+
+def test_resume_of_a_run_killed_before_its_first_checkpoint_begins_again(
+    fake_loop: Any, pretrain: Any, recipe: Recipe, tmp_path: Path
+) -> None:
+    run = find_run(recipe, tmp_path / "runs")
+    run.create(recipe)
+    run.journal.append({"loss/total": 9.0}, 1)
+    summary = pretrain(resume=True)
+    assert summary.run == run
+    assert summary.run.journal.curve("loss/total")[1][0] == 1.0
+
+
+def test_new_starts_beside_a_finished_run(fake_loop: Any, pretrain: Any) -> None:
+    first, second = pretrain(), pretrain(new=True)
+    assert second.trained
+    assert second.run.name == f"{first.run.name}-2"
+
+
+def test_a_failed_training_says_so_in_its_folder(fake_loop: Any, pretrain: Any, recipe: Recipe, tmp_path: Path) -> None:
+    fake_loop.stop_at, fake_loop.error = 3, DinobenchError("loss/total is not finite")
+    with pytest.raises(DinobenchError, match="not finite"):
+        pretrain()
+    state = find_run(recipe, tmp_path / "runs").state()
+    assert (state.status, state.note) == ("failed", "loss/total is not finite")
+
+
+def test_a_collapse_is_its_own_status(fake_loop: Any, pretrain: Any, recipe: Recipe, tmp_path: Path) -> None:
+    fake_loop.stop_at, fake_loop.error = 3, CheckFailed("collapsed (uniform)")
+    with pytest.raises(CheckFailed):
+        pretrain()
+    assert find_run(recipe, tmp_path / "runs").state().status == "collapsed"
+
+
+def test_a_held_folder_is_refused(fake_loop: Any, pretrain: Any, recipe: Recipe, tmp_path: Path) -> None:
+    with find_run(recipe, tmp_path / "runs").lock(), pytest.raises(DinobenchError, match="another process"):
+        pretrain()
+    assert fake_loop.calls == []
+
+
+def test_an_unknown_suite_is_told_before_the_training(fake_loop: Any, pretrain: Any) -> None:
+    with pytest.raises(UsageError, match="did you mean 'digits_knn'"):
+        pretrain(resolve("dino", overrides=["evaluation.suites=[digits_kn]", "tracking.enabled=false"]))
+    assert fake_loop.calls == []
+
+
+def test_every_kept_checkpoint_is_evaluated_once_finished(
+    fake_loop: Any, pretrain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def evaluate(checkpoint: Path, suites: Any, settings: Any, say: Any) -> tuple[list, list]:
+        seen.append((checkpoint.name, [suite.name for suite in suites]))
+        return [], []
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    recipe = resolve("dino", overrides=["evaluation.suites=[digits_knn]", "tracking.enabled=false"])
+    pretrain(recipe, evaluate=False)
+    assert seen == []
+    pretrain(recipe)  # the training is done, only the numbers are missing
+    assert seen == [("last.pt", ["digits_knn"])]
+    assert len(fake_loop.calls) == 1
+
+
+def test_the_rank_that_decides_shares_its_error_and_its_folder(recipe: Recipe, tmp_path: Path) -> None:
+    from pretrain.training.runtime import Runtime
+
+    runtime = Runtime.start(recipe.runtime)
+
+    def refuse() -> Any:
+        raise DinobenchError("no")
+
+    with pytest.raises(DinobenchError, match="no"):
+        train._agree(runtime, refuse)
+    job = train._Job(tmp_path, train=True, resume=False)
+    assert train._agree(runtime, lambda: job) is job
