@@ -1,8 +1,9 @@
 """Colour operations on batches of float images in [0, 1], one set of parameters per image.
 
-Images have C = 3 channels, or C = 1 standing for three equal ones. Formulas are torchvision's for float tensors. Brightness, contrast and saturation are one operation with three weights,
-x <- clip(gain x + by_gray gray(x) + by_mean mean(gray(x))), so a chain of them in a different order for each image is a
-chain of the same operation with different weights.
+Images have C = 3 channels, or C = 1 standing for three equal ones. Formulas are torchvision's for float tensors.
+Brightness, contrast and saturation are one operation with three weights, x <- clip(gain x + by_gray gray(x) + by_mean
+mean(gray(x))), so a chain of them in a different order for each image is a chain of the same operation with different
+weights.
 """
 
 from __future__ import annotations

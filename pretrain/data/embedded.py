@@ -49,9 +49,7 @@ def open_digits(split: str, root: Path | None) -> ImageSet:
 
     digits = load_digits()
     numbers = np.arange(len(digits.target))
-    train, test = train_test_split(
-        numbers, test_size=_DIGITS_TEST_IMAGES, stratify=digits.target, random_state=0
-    )
+    train, test = train_test_split(numbers, test_size=_DIGITS_TEST_IMAGES, stratify=digits.target, random_state=0)
     chosen = train if split == "train" else test
     # Values are 0 .. 16.
     pixels = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)

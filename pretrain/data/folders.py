@@ -1,8 +1,8 @@
 """Image sets of the user: folders or archives of image files, and NumPy archives.
 
-Layouts of a folder, found from the paths alone: `<split>/<class>/...`, `<split>/...`, `<class>/...`, or flat. One folder
-around everything is looked through. There are labels where every image of the split lies in a class folder; classes are in
-alphabetical order, as in torchvision's ImageFolder.
+Layouts of a folder, found from the paths alone: `<split>/<class>/...`, `<split>/...`, `<class>/...`, or flat. One
+folder around everything is looked through. There are labels where every image of the split lies in a class folder;
+classes are in alphabetical order, as in torchvision's ImageFolder.
 """
 
 from __future__ import annotations
@@ -40,9 +40,13 @@ def open_folder(path: Path, split: str, name: str, *, needs_splits: bool = False
     if not names:
         raise DinobenchError(f"{path} holds no images; expected {_LAYOUTS} ({', '.join(IMAGE_SUFFIXES)})")
     prefix = _common_folder(names)
-    found = sorted({first for n in names if "/" in (rest := n[len(prefix) :]) and (first := rest.split("/")[0]) in SPLITS})
+    found = sorted(
+        {first for n in names if "/" in (rest := n[len(prefix) :]) and (first := rest.split("/")[0]) in SPLITS}
+    )
     if needs_splits and not {"train", "val"} <= set(found):
-        raise DinobenchError(f"{path}: expected the folders train/ and val/, one folder per class in each; found {found}")
+        raise DinobenchError(
+            f"{path}: expected the folders train/ and val/, one folder per class in each; found {found}"
+        )
     if found:
         split = _split_folder(split, found, name)
         prefix = f"{prefix}{split}/"
@@ -120,7 +124,8 @@ def open_npz(path: Path, split: str, name: str) -> ImageSet:
         images = images[..., None]
     if images.dtype != np.uint8 or images.ndim != 4:
         raise DinobenchError(
-            f"{path}: {images_key} is {images.dtype} {images.shape}; expected uint8 [N, H, W], [N, H, W, 3] or [N, 3, H, W]"
+            f"{path}: {images_key} is {images.dtype} {images.shape}; "
+            f"expected uint8 [N, H, W], [N, H, W, 3] or [N, 3, H, W]"
         )
     if images.shape[-1] in (1, 3):
         images = images.transpose(0, 3, 1, 2)

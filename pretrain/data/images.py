@@ -1,8 +1,8 @@
 """A set of images with labels and a content fingerprint, in memory or decoded when asked for.
 
-Unreadable images: `ImageSet.checked` decodes a sample before anything is trained and leaves out what it finds bad. An image
-that turns out to be unreadable later is replaced by the next readable one of the same class, always the same one, and
-reported once by path; a run never stops for it.
+Unreadable images: `ImageSet.checked` decodes a sample before anything is trained and leaves out what it finds bad. An
+image that turns out to be unreadable later is replaced by the next readable one of the same class, always the same
+one, and reported once by path; a run never stops for it.
 """
 
 from __future__ import annotations

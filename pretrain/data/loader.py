@@ -1,7 +1,7 @@
 """Batches of views, endless, resumable at any step, the same for any number of ranks and workers.
 
-The order of the images is a permutation drawn from (seed, epoch); step s of an epoch takes the s-th slice of it, and each
-rank its part of that slice. The last, incomplete batch of an epoch is dropped, as in the official code.
+The order of the images is a permutation drawn from (seed, epoch); step s of an epoch takes the s-th slice of it, and
+each rank its part of that slice. The last, incomplete batch of an epoch is dropped, as in the official code.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class Loader:
             raise UsageError(f"a batch of {batch_size} images cannot be shared by {world_size} processes")
         if len(images) < batch_size:
             raise UsageError(
-                f"the dataset {images.name} {images.split} has {len(images)} images, fewer than the batch of {batch_size}: "
-                f"lower the batch size or use more images"
+                f"the dataset {images.name} {images.split} has {len(images)} images, "
+                f"fewer than the batch of {batch_size}: lower the batch size or use more images"
             )
         self.images, self.views, self.seed = images, views, seed
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size

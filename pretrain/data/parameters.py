@@ -1,8 +1,8 @@
 """The random parameters of the batched views, drawn on the host for all views of a batch at once.
 
-Distributions are those of torchvision's `get_params` (RandomResizedCrop, ColorJitter, RandomAffine, RandomErasing) and of
-the official DINO blur and solarize. They are drawn with numpy in double precision, so that a training on the GPU cuts the
-same boxes as one on the CPU, and no kernel is launched for a few hundred numbers.
+Distributions are those of torchvision's `get_params` (RandomResizedCrop, ColorJitter, RandomAffine, RandomErasing)
+and of the official DINO blur and solarize. They are drawn with numpy in double precision, so that a training on the
+GPU cuts the same boxes as one on the CPU, and no kernel is launched for a few hundred numbers.
 
 Shape legend: V views, B images, T = 10 tries of torchvision's rejection loops, S linear colour steps.
 """
@@ -24,8 +24,8 @@ _TRIES = 10
 _ERASE_SCALE = (0.02, 0.33)
 _ERASE_RATIO = (0.3, 3.3)
 
-# First slot of each parameter. A parameter keeps its slots whether it is in use or not, so that switching one operation on
-# does not change the draws of another.
+# First slot of each parameter. A parameter keeps its slots whether it is in use or not, so that switching one
+# operation on does not change the draws of another.
 _SLOTS = {
     "area": 0, "ratio": 10, "top": 20, "left": 21, "flip": 22, "jitter": 23, "brightness": 24, "contrast": 25,
     "saturation": 26, "hue": 27, "order": 28, "hue_place": 29, "gray": 30, "blur": 31, "radius": 32, "solarize": 33,
@@ -176,8 +176,8 @@ def jitter_steps(draw: Draw) -> Array:
     """Brightness, contrast and saturation in a random order of each image, as weights (see colour.py).
 
     Returns:
-        float64 [S, 3, V, B]: for each of the S steps the weights of the pixel, of its gray value and of the image's mean
-        gray value; (1, 0, 0) where the image is not jittered.
+        float64 [S, 3, V, B]: for each of the S steps the weights of the pixel, of its gray value and of the image's
+        mean gray value; (1, 0, 0) where the image is not jittered.
     """
     config = draw.config
     names = [name for name in ("brightness", "contrast", "saturation") if getattr(config, name) > 0]

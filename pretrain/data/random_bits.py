@@ -1,11 +1,12 @@
 """Counter-based random numbers: a number is a pure function of (seed, epoch, image, view, slot).
 
-No state is kept, so the numbers of an image depend neither on its batch, nor on the worker or rank that draws them, nor on
-where a run was resumed. The generator is SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number
-generators"): each image gets its own 64-bit starting point, each counter one step of the Weyl sequence from there.
+No state is kept, so the numbers of an image depend neither on its batch, nor on the worker or rank that draws them,
+nor on where a run was resumed. The generator is SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom
+number generators"): each image gets its own 64-bit starting point, each counter one step of the Weyl sequence from
+there.
 
-Numbers that there are few of (where to crop) are drawn with numpy on the host, those for every pixel (noise) with torch on
-the device: both are 64-bit integer arithmetic with wrap-around and give the same bits everywhere.
+Numbers that there are few of (where to crop) are drawn with numpy on the host, those for every pixel (noise) with
+torch on the device: both are 64-bit integer arithmetic with wrap-around and give the same bits everywhere.
 """
 
 from __future__ import annotations
@@ -82,6 +83,9 @@ def _normal_quantiles(device: torch.device) -> Tensor:
 
 
 def device_normals(streams: Tensor, counters: Tensor) -> Tensor:
-    """N(0, 1) in 2^16 steps (|x| < 4.4), four per counter: streams int64 [B], counters int64 [C] -> float32 [B, 4 C]."""
+    """N(0, 1) in 2^16 steps (|x| < 4.4), four per counter.
+
+    Streams int64 [B], counters int64 [C] -> float32 [B, 4 C].
+    """
     picked = device_bits(streams, counters).view(torch.uint16).int()
     return _normal_quantiles(streams.device).index_select(0, picked.flatten()).view(picked.shape)

@@ -22,7 +22,9 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 def bicubic(distance: Tensor) -> Tensor:
-    """Keys' cubic kernel with a = -0.5, overwriting its argument; written with truncated powers, hence without branches.
+    """Keys' cubic kernel with a = -0.5, overwriting its argument.
+
+    Written with truncated powers, hence without branches.
 
     With u = max(2 - |x|, 0) and v = max(1 - |x|, 0): k(x) = u^2 (u - 1) / 2 + v^2 (1 - 2 v).
     """
@@ -33,7 +35,12 @@ def bicubic(distance: Tensor) -> Tensor:
 
 
 def resize_weights(
-    start: np.ndarray, length: np.ndarray, source: int, target: int, device: torch.device, flip: np.ndarray | None = None
+    start: np.ndarray,
+    length: np.ndarray,
+    source: int,
+    target: int,
+    device: torch.device,
+    flip: np.ndarray | None = None,
 ) -> Tensor:
     """Weights that bring the pixels [start, start + length) of an axis to `target` pixels.
 
@@ -111,7 +118,7 @@ def blur_taps(radius: np.ndarray, taps: int) -> np.ndarray:
 
 
 def reflection(size: int, taps: int) -> Tensor:
-    """For each tap the size x size matrix that shifts by its offset with reflection at the border: [taps, size, size]."""
+    """For each tap the matrix that shifts by its offset, reflecting at the border: [taps, size, size]."""
     position = torch.arange(size) + torch.arange(taps)[:, None] - taps // 2
     period = max(2 * (size - 1), 1)
     position = position.remainder(period)

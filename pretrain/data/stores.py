@@ -1,7 +1,7 @@
 """Where image files lie: a folder, or an archive read without unpacking it.
 
-A store lists file names with sizes and reads one file's bytes. Stores travel to worker processes: what a process must open
-for itself (file descriptors) is opened on first use there.
+A store lists file names with sizes and reads one file's bytes. Stores travel to worker processes: what a process must
+open for itself (file descriptors) is opened on first use there.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ class MemoryStore:
                 total += member.size
                 if total > MAX_COMPRESSED_TAR_BYTES:
                     raise DinobenchError(
-                        f"{path} unpacks to more than {MAX_COMPRESSED_TAR_BYTES >> 30} GiB, too much to keep in memory: "
-                        f"a compressed tar allows no access to single files. Unpack it, or repack it as .tar or .zip."
+                        f"{path} unpacks to more than {MAX_COMPRESSED_TAR_BYTES >> 30} GiB, too much to keep in memory "
+                        f"(a compressed tar allows no access to single files). Unpack it, or repack it as .tar or .zip."
                     )
                 file = archive.extractfile(member)
                 assert file is not None

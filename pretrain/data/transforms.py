@@ -1,8 +1,9 @@
 """The evaluation transform: resize the short side, crop the centre, normalise.
 
 A PIL image goes through PIL, as in the official evaluation scripts (equal to golden/eval_transform); uint8 tensors go
-through torch's 8-bit resize on the CPU, which follows PIL's arithmetic up to its rounding (at most 2 levels of 255 apart,
-0.05 on average). Files are therefore transformed one by one through PIL, sets in memory as batches through `batch`.
+through torch's 8-bit resize on the CPU, which follows PIL's arithmetic up to its rounding (at most 2 levels of 255
+apart, 0.05 on average). Files are therefore transformed one by one through PIL, sets in memory as batches through
+`batch`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pretrain.data.views import IMAGENET_MEAN, IMAGENET_STD, Triple
 
 
 class EvalTransform(BaseModel):
-    """Default: Resize(256, bicubic) -> CenterCrop(224) -> ImageNet normalisation (facebookresearch/dino `eval_knn.py`)."""
+    """Default: Resize(256, bicubic), CenterCrop(224), ImageNet normalisation (facebookresearch/dino `eval_knn.py`)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

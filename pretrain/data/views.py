@@ -1,13 +1,14 @@
 """Multi-crop views (DINO, arXiv:2104.14294, section 3.1): what is drawn, shared by both implementations.
 
 From each image: two global views, then `local` local ones. Order of operations, both backends: [rotation + shear] ->
-random resized crop (bicubic, antialiased) -> flip -> colour jitter in random order -> gray -> blur -> solarize -> [noise]
--> normalise -> [erase]. Operations whose probability or strength is 0 do not exist: they cost nothing and draw nothing.
+random resized crop (bicubic, antialiased) -> flip -> colour jitter in random order -> gray -> blur -> solarize ->
+[noise] -> normalise -> [erase]. Operations whose probability or strength is 0 do not exist: they cost nothing and
+draw nothing.
 
 `pil` (views_pil.py) is the reference: torchvision on PIL images, one image at a time, equal to the official DINO
 augmentation. `batched` (views_batched.py) does the same on a whole batch of tensors on any device. They differ in three
-stated ways: `batched` does not round to 8 bits between operations, its blur is a 9-tap Gaussian (the DINOv2 choice) where
-PIL runs three box filters, and the random numbers come from different generators (same distributions).
+stated ways: `batched` does not round to 8 bits between operations, its blur is a 9-tap Gaussian (the DINOv2 choice)
+where PIL runs three box filters, and the random numbers come from different generators (same distributions).
 """
 
 from __future__ import annotations
@@ -94,7 +95,9 @@ class ViewsConfig(BaseModel):
                 raise ValueError(f"views.{name}: expected two numbers 0 < low <= high, found ({low}, {high})")
         for name in ("global_scale", "local_scale"):
             if getattr(self, name)[1] > 1:
-                raise ValueError(f"views.{name}: a crop covers at most the whole image (1.0), found {getattr(self, name)}")
+                raise ValueError(
+                    f"views.{name}: a crop covers at most the whole image (1.0), found {getattr(self, name)}"
+                )
         for name in ("blur", "solarize"):
             if not all(0 <= p <= 1 for p in getattr(self, name)):
                 raise ValueError(f"views.{name}: expected three probabilities in [0, 1], found {getattr(self, name)}")

@@ -1,8 +1,8 @@
 """The views of a whole batch as tensor operations on its device.
 
-Images are processed together by output size: all global views of the batch are one tensor, all local views another. There
-is no loop over images and nothing is fetched from the device. Randomness is a function of (seed, epoch, image, view): the
-parameters are drawn on the host (parameters.py), noise on the device.
+Images are processed together by output size: all global views of the batch are one tensor, all local views another.
+There is no loop over images and nothing is fetched from the device. Randomness is a function of (seed, epoch, image,
+view): the parameters are drawn on the host (parameters.py), noise on the device.
 """
 
 from __future__ import annotations

@@ -86,8 +86,8 @@ def view_transform(config: ViewsConfig, view: View) -> Callable[[Image.Image], T
 class PilViews:
     """All views of one image.
 
-    `draw` uses the global generators as they are, as the official code does. Calling the object seeds them for each view
-    from (seed, epoch, image, view) and puts them back afterwards.
+    `draw` uses the global generators as they are, as the official code does. Calling the object seeds them for each
+    view from (seed, epoch, image, view) and puts them back afterwards.
     """
 
     def __init__(self, config: ViewsConfig, seed: int) -> None:
