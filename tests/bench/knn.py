@@ -87,7 +87,7 @@ def measure(
         "device": device,
     }
     times = take_turns(contestants, rounds=rounds, units=1)
-    report.add(Row("knn", setting, "sweep", times, gate, TARGETS.get(num_classes, {}) if reference else {}))
+    report.add(Row("knn", setting, "sweep", times, gate, TARGETS.get(num_classes, {})))
 
 
 def _gate(accuracies: dict[str, dict[int, float]], num_test: int) -> dict[str, float]:

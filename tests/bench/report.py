@@ -67,13 +67,15 @@ class Row:
 class Report:
     """Collects rows; writes `<folder>/<date>-<machine>.json` after each and the Markdown table with it."""
 
-    def __init__(self, folder: Path | None, machine: str | None):
+    def __init__(self, folder: Path | None, machine: str | None, *, judged: bool = True):
         self.rows: list[Row] = []
+        self.judged = judged
         self.machine = machine or machine_name()
         self.path = folder / f"{datetime.date.today():%Y-%m-%d}-{self.machine}.json" if folder else None
 
     def add(self, row: Row) -> None:
-        """Print the row and save everything so far."""
+        """Print the row and save everything so far; times that are not judged have no targets."""
+        row = row if self.judged else dataclasses.replace(row, targets={})
         self.rows.append(row)
         for line in row.lines():
             print("  ".join(line), flush=True)
