@@ -15,6 +15,7 @@ from pretrain.training.runtime import all_reduce_sum
 from pretrain.training.schedules import Plan
 from pretrain.training.trainer import Trainer
 
+
 @dataclasses.dataclass(frozen=True)
 class Progress:
     """Where a training stands; loss is that of the last logging interval."""

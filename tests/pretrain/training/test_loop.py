@@ -1,0 +1,173 @@
+"""The loop as a whole, on real digits: it resumes bit by bit, stops with a reason, and keeps what it promised."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+
+import pytest
+import torch
+
+from pretrain.errors import CheckFailed, DinobenchError, UsageError
+from pretrain.models import checkpoint
+from pretrain.training.checkpoints import CheckpointFolder
+from pretrain.training.loop import train
+from pretrain.training.recipe import resolve
+
+# 1297 images / 256 = 5 steps an epoch.
+SHORT = [
+    "schedule.epochs=2",
+    "schedule.warmup_epochs=0",
+    "optim.batch_size=256",
+    "head.hidden=32",
+    "head.num_prototypes=24",
+    "model.kwargs={img_size: 16, patch_size: 8, embed_dim: 24, depth: 1, num_heads: 2}",
+    "model.drop_path=0.2",
+    "runtime.log_every=3",
+    "runtime.device=cpu",
+    "checkpoint.every_epochs=1",
+    "checkpoint.every_steps=0",
+]
+
+
+def _recipe(*overrides, method="dino_vmf"):
+    return resolve(method, preset="digits", overrides=[*SHORT, *overrides])
+
+
+def _weights(folder):
+    payload = checkpoint.read(folder / "checkpoints" / "last.pt")
+    return {**payload["student"], **{f"teacher.{k}": v for k, v in payload["teacher"].items()}}
+
+
+def _recorder():
+    lines = []
+    return lines, lambda metrics, step: lines.append((step, metrics))
+
+
+def _interrupt_at(step):
+    def progress(state):
+        if state.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return progress
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 5, 9])
+def test_stopping_at_any_step_and_resuming_gives_the_same_weights_and_log(stop_at, tmp_path):
+    recipe = _recipe()
+    whole, log_whole = _recorder()
+    train(recipe, folder=tmp_path / "whole", log=log_whole)
+    parts, log_parts = _recorder()
+    first = train(recipe, folder=tmp_path / "parts", log=log_parts, progress=_interrupt_at(stop_at))
+    assert (first.status, first.step, first.note) == ("interrupted", stop_at, "SIGTERM")
+    second = train(recipe, folder=tmp_path / "parts", log=log_parts, resume=True)
+    assert (second.status, second.step) == ("finished", 10)
+    for (name, value), other in zip(
+        _weights(tmp_path / "whole").items(), _weights(tmp_path / "parts").values(), strict=True
+    ):
+        assert torch.equal(value, other), name
+
+    def without_speed(lines):
+        return [(step, {k: v for k, v in metrics.items() if not k.startswith("speed/")}) for step, metrics in lines]
+
+    assert without_speed(parts) == without_speed(whole)
+
+
+def test_checkpoints_are_announced_kept_up_to_the_limit_and_last_is_whole(tmp_path):
+    announced = []
+    recipe = _recipe("schedule.epochs=4", "checkpoint.keep=2", "checkpoint.every_steps=2")
+    outcome = train(recipe, folder=tmp_path, on_checkpoint=lambda path, step: announced.append((path.name, step)))
+    assert [step for _, step in announced] == [5, 10, 15, 20]
+    assert [path.name for path in outcome.checkpoints] == ["step=00000015.pt", "step=00000020.pt"]
+    payload = checkpoint.read(tmp_path / "checkpoints" / "last.pt")
+    assert (payload["step"], payload["images_seen"]) == (20, 20 * 256)
+
+
+def test_every_interval_logs_health_prototypes_schedules_and_speed(tmp_path):
+    lines, log = _recorder()
+    train(_recipe(), folder=tmp_path, log=log)
+    steps = [step for step, metrics in lines if "loss/total" in metrics]
+    assert steps == [3, 6, 9, 10]
+    metrics = dict(lines[0][1])
+    assert all(math.isfinite(value) for value in metrics.values())
+    wanted = {
+        "loss/total",
+        "loss/over_lnK",
+        "loss/kl",
+        "health/target_entropy",
+        "health/mean_target_entropy",
+        "health/information",
+        "health/feature_std",
+        "health/effective_rank",
+        "health/collapsed",
+        "prototypes/usage_entropy",
+        "prototypes/used",
+        "prototypes/norm_q50",
+        "prototypes/kappa_q50",
+        "optim/lr",
+        "optim/teacher_temperature",
+        "speed/images_per_second",
+    }
+    assert wanted <= metrics.keys()
+    assert any("prototypes/unique" in metrics for _, metrics in lines)
+    assert all(name.count("/") == 1 for name in metrics)
+
+
+def test_a_loss_that_is_not_finite_stops_with_metric_and_step_and_keeps_the_last_good_checkpoint(tmp_path):
+    recipe = _recipe("checkpoint.every_steps=1", "runtime.log_every=5", "schedule.epochs=3")
+    original = CheckpointFolder.write
+
+    def poison(self, trainer, step, *, kept):
+        original(self, trainer, step, kept=kept)
+        if step == 3:
+            with torch.no_grad():
+                next(trainer.method.student.parameters()).fill_(float("nan"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointFolder, "write", poison)
+        with pytest.raises(DinobenchError, match="loss/total is not finite since step 4"):
+            train(recipe, folder=tmp_path)
+    payload = checkpoint.read(tmp_path / "checkpoints" / "last.pt")
+    assert payload["step"] == 3
+    assert all(torch.isfinite(value).all() for value in payload["student"].values())
+
+
+def test_a_collapsed_run_is_named_and_stopped(tmp_path):
+    # A teacher so warm that every target is flat.
+    recipe = _recipe(
+        "target.temperature=50.0", "schedule.epochs=6", "runtime.log_every=2", "runtime.stop_on_collapse=true", method="dino"
+    )
+    lines, log = _recorder()
+    with pytest.raises(CheckFailed, match=r"collapsed \(uniform\)"):
+        train(recipe, folder=tmp_path, log=log)
+    assert lines[-1][1]["health/collapsed"] == 1.0
+    assert all(metrics.get("health/collapsed", 0.0) == 0.0 for _, metrics in lines[:-1])
+
+
+@pytest.mark.parametrize("method", ["dino", "dino_vmf", "dino_free"])
+def test_a_healthy_run_never_triggers_the_collapse_stop(method, tmp_path):
+    recipe = resolve(
+        method,
+        preset="digits",
+        overrides=["schedule.epochs=8", "schedule.warmup_epochs=1", "runtime.log_every=10", "runtime.device=cpu",
+                   "runtime.stop_on_collapse=true"],
+    )  # fmt: skip
+    lines, log = _recorder()
+    assert train(recipe, folder=tmp_path, log=log).status == "finished"
+    assert all(metrics.get("health/collapsed", 0.0) == 0.0 for _, metrics in lines)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.batch_size=2000", "1297 images, fewer than the batch of 2000"),
+        ("views.local_size=7", "7"),
+        ("data.name=digit", "did you mean 'digits'"),
+        ("model.name=vit_smal_patch16_224", "did you mean vit_small_patch16_224"),
+        ("model.kwargs={img_size: 16, patch_size: 8, embed_dim: 25, num_heads: 2}", "cannot be built"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_first_step(override, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        train(_recipe(override), folder=tmp_path)
