@@ -24,6 +24,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    # plain help: Rich's panels import a Markdown parser and a syntax highlighter, half a second of nothing
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -35,13 +37,13 @@ def options(
     """Pretrain DINO and its relatives, benchmark every checkpoint, compare the methods side by side."""
 
 
-app.command("pretrain", rich_help_panel="Work")(pretraining.run_pretraining)
-app.command("eval", rich_help_panel="Work")(evaluation.run_evaluation)
-app.command("ui", rich_help_panel="Look")(ui.run_server)
-app.command("show", rich_help_panel="Look")(show.show)
-app.command("ls", rich_help_panel="Look")(ls.list_catalogue)
-app.add_typer(runs.app, name="runs", rich_help_panel="Look")
-app.command("doctor", rich_help_panel="Look")(doctor.run_checks)
+app.command("pretrain")(pretraining.run_pretraining)
+app.command("eval")(evaluation.run_evaluation)
+app.command("ui")(ui.run_server)
+app.command("show")(show.show)
+app.command("ls")(ls.list_catalogue)
+app.add_typer(runs.app, name="runs")
+app.command("doctor")(doctor.run_checks)
 
 
 def main() -> None:

@@ -28,7 +28,10 @@ def run_checks(
     output: Annotated[Path, typer.Option(help="Folder that holds mlflow.db.")] = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Check torch, CUDA, FAISS, the MLflow store and the data sets; exit code 3 when something is broken."""
+    """Check torch, CUDA, FAISS, MLflow and the data.
+
+    Exit code 3 when something is broken.
+    """
     from dinobench.cli.output import print_json, print_table, print_text
 
     checks = [_guarded(check) for check in (check_torch, check_cuda, check_faiss)]

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 
 
 def run_pretraining(
-    method: Annotated[str, typer.Argument(help="A method (`dinobench ls methods`), a .py file, or a recipe.yaml.")],
+    method: Annotated[
+        str, typer.Argument(metavar="METHOD", help="A method (`dinobench ls methods`), a .py file, or a recipe.yaml.")
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values of the recipe, like optim.lr=0.001.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values of the recipe, like optim.lr=0.001.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="Data, backbone and schedule (`dinobench ls presets`).")] = None,
     data: Annotated[str | None, typer.Option(help="Data set, like cifar10 or folder:/path.")] = None,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="Look after run folders.", no_args_is_help=True)
+app = typer.Typer(help="Look after run folders.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.command("ls")

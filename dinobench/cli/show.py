@@ -17,7 +17,10 @@ def show(
     path: Annotated[Path, typer.Argument(metavar="CKPT|RUN", help="A checkpoint file or a run folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Show what a checkpoint or a run holds, the precisions kappa of its prototypes among it."""
+    """Show what a checkpoint or a run holds.
+
+    The precisions kappa of the prototypes are among it.
+    """
     from dinobench.cli.output import print_json
 
     document = describe_run(path) if path.is_dir() else describe_checkpoint(path)

@@ -18,7 +18,7 @@ def run_server(
     output: Annotated[Path, typer.Option(help="Folder that holds mlflow.db.")] = Path("runs"),
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000,
 ) -> None:
-    """Serve the MLflow pages of an output folder on 127.0.0.1 until Ctrl-C."""
+    """Serve the MLflow pages on 127.0.0.1 until Ctrl-C."""
     from dinobench import tracking
     from dinobench.cli.output import print_text
     from pretrain.errors import DinobenchError

@@ -11,7 +11,20 @@ import pytest
 from dinobench.cli import app, pretrain
 from pretrain.errors import CheckFailed, DinobenchError
 
-HEAVY = ("torch", "torchvision", "timm", "mlflow", "pandas", "faiss", "sklearn", "matplotlib", "numpy", "yaml", "scipy")
+HEAVY = (
+    "torch",
+    "torchvision",
+    "timm",
+    "mlflow",
+    "pandas",
+    "faiss",
+    "sklearn",
+    "matplotlib",
+    "numpy",
+    "yaml",
+    "scipy",
+    "rich",
+)
 
 
 def test_help_imports_nothing_heavy() -> None:
