@@ -10,6 +10,7 @@ import gzip
 import tarfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ def open_digits(split: str, root: Path | None) -> ImageSet:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    digits = load_digits()
+    digits: Any = load_digits()
     numbers = np.arange(len(digits.target))
     train, test = train_test_split(numbers, test_size=_DIGITS_TEST_IMAGES, stratify=digits.target, random_state=0)
     chosen = train if split == "train" else test
@@ -130,10 +131,10 @@ def open_cifar10(split: str, root: Path | None) -> ImageSet:
     """CIFAR-10 (Krizhevsky 2009): 50,000 train and 10,000 test images, from the binary version or the JPEG pack."""
     found = find_cifar10(root)
     if found is None or root is None:
-        error = _missing("cifar10", CIFAR10_NEEDS, root)
-        if root and (root / "cifar-10-batches-py").exists():
-            return _raise(DinobenchError(f"{error} cifar-10-batches-py holds pickles, which are not read."))
-        raise error
+        pickles = root is not None and (root / "cifar-10-batches-py").exists()
+        raise _missing(
+            "cifar10", CIFAR10_NEEDS + ". cifar-10-batches-py holds pickles, which are not read" * pickles, root
+        )
     if found in _cifar10_places(root)[1]:
         images = open_folder(found, split, "cifar10-jpeg")
         if images.classes != _CIFAR10_CLASSES:
@@ -144,10 +145,6 @@ def open_cifar10(split: str, root: Path | None) -> ImageSet:
     labels = torch.from_numpy(records[:, 0].astype(np.int64))
     pixels = torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32).copy())
     return _in_memory("cifar10", split, pixels, labels, _CIFAR10_CLASSES)
-
-
-def _raise(error: DinobenchError) -> ImageSet:
-    raise error
 
 
 def _cifar10_batch(place: Path, name: str) -> np.ndarray:

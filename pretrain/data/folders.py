@@ -40,26 +40,32 @@ def open_folder(path: Path, split: str, name: str, *, needs_splits: bool = False
     if not names:
         raise DinobenchError(f"{path} holds no images; expected {_LAYOUTS} ({', '.join(IMAGE_SUFFIXES)})")
     prefix = _common_folder(names)
-    found = sorted(
-        {first for n in names if "/" in (rest := n[len(prefix) :]) and (first := rest.split("/")[0]) in SPLITS}
-    )
+    found = _splits(names, prefix)
     if needs_splits and not {"train", "val"} <= set(found):
         raise DinobenchError(
             f"{path}: expected the folders train/ and val/, one folder per class in each; found {found}"
         )
-    if found:
-        split = _split_folder(split, found, name)
-        prefix = f"{prefix}{split}/"
-        names = [n for n in names if n.startswith(prefix)]
-    elif split != "train":
+    # Classes of all splits together, so that a class missing from one does not shift the labels there.
+    everything = {s: [n for n in names if n.startswith(f"{prefix}{s}/")] for s in found} or {"train": names}
+    if split not in everything and not found:
         raise UsageError(
             f"{path} has no split folders: all of it is 'train' and there is no {split!r}. "
             f"Use 'train[:0.8]' and 'train[0.8:]', or put the images in folders train/ and val/."
         )
-    relative = [n[len(prefix) :] for n in names]
-    labels, classes = _labels(relative)
-    fingerprint = files_fingerprint(store, names, relative)
-    return ImageSet(name, split, fingerprint, FileSource(store, names, str(path)), labels=labels, classes=classes)
+    split = _split_folder(split, list(everything), name)
+    relative = {s: [n[len(prefix) + len(f"{s}/" if found else "") :] for n in of] for s, of in everything.items()}
+    folders = {s: _class_folders(of) for s, of in relative.items()}
+    classes = tuple(sorted({folder for of in folders.values() for folder in of}))
+    number = {folder: k for k, folder in enumerate(classes)}
+    labels = torch.tensor([number[folder] for folder in folders[split]]) if folders[split] else None
+    return ImageSet(
+        name,
+        split,
+        files_fingerprint(store, everything[split], relative[split]),
+        FileSource(store, everything[split], str(path)),
+        labels=labels,
+        classes=classes if labels is not None else (),
+    )
 
 
 def _hidden(name: str) -> bool:
@@ -86,14 +92,16 @@ def _split_folder(split: str, found: list[str], name: str) -> str:
     raise unknown_name(f"split of {name}", split, found)
 
 
-def _labels(relative: list[str]) -> tuple[torch.Tensor | None, tuple[str, ...]]:
-    """Labels by first folder, if every image is in one."""
-    if not all("/" in n for n in relative):
-        return None, ()
-    folders = [n.split("/")[0] for n in relative]
-    classes = tuple(sorted(set(folders)))
-    number = {c: k for k, c in enumerate(classes)}
-    return torch.tensor([number[f] for f in folders], dtype=torch.int64), classes
+def _splits(names: list[str], prefix: str) -> list[str]:
+    """The split folders below the prefix; a single one among others is a class of that name."""
+    tops = {top for n in names for top, slash, _ in [n[len(prefix) :].partition("/")] if slash}
+    found = sorted(tops & set(SPLITS))
+    return found if len(found) > 1 or len(tops) == 1 else []
+
+
+def _class_folders(relative: list[str]) -> list[str]:
+    """The first folder of each image, if every image is in one, else nothing."""
+    return [n.partition("/")[0] for n in relative] if all("/" in n for n in relative) else []
 
 
 def files_fingerprint(store: Store, names: list[str], relative: list[str]) -> str:
@@ -101,38 +109,51 @@ def files_fingerprint(store: Store, names: list[str], relative: list[str]) -> st
     hashed = sum(store.sizes[n] for n in names) <= MAX_HASHED_BYTES
     digest = hashlib.sha256(b"contents" if hashed else b"sizes")
     for name, short in zip(names, relative, strict=True):
-        digest.update(f"\0{short}\0{store.sizes[name]}\0".encode())
+        digest.update(f"\0{short}\0{store.sizes[name]}\0".encode("utf-8", "surrogateescape"))
         if hashed:
-            digest.update(store.read(name))
+            digest.update(_content(store, name))
     return digest.hexdigest()
+
+
+def _content(store: Store, name: str) -> bytes:
+    try:
+        return store.read(name)
+    # A damaged archive member: found and reported where the image is decoded.
+    except Exception:
+        return b"unreadable"
 
 
 def open_npz(path: Path, split: str, name: str) -> ImageSet:
     """Images (uint8, gray or RGB) and labels of a NumPy archive; object arrays are refused."""
     if not path.is_file():
         raise DinobenchError(f"no such file: {path}")
+    if not zipfile.is_zipfile(path):
+        raise DinobenchError(f"{path} is not a NumPy archive: is the download complete?")
     try:
         with np.load(path, allow_pickle=False) as archive:
             images_key, labels_key = _npz_keys(path, split, archive.files)
             images = archive[images_key]
             labels = archive[labels_key] if labels_key else None
+            num_classes = 1 + max(
+                (int(archive[k].max(initial=-1)) for k in archive.files if k.endswith("labels")), default=-1
+            )
     except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         if isinstance(error, DinobenchError):
             raise
         raise DinobenchError(f"cannot read {path} ({error}); expected a NumPy archive without objects") from error
-    if images.ndim == 3:
-        images = images[..., None]
-    if images.dtype != np.uint8 or images.ndim != 4:
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise DinobenchError(
             f"{path}: {images_key} is {images.dtype} {images.shape}; "
             f"expected uint8 [N, H, W], [N, H, W, 3] or [N, 3, H, W]"
         )
+    if images.ndim == 3:
+        images = images[..., None]
     if images.shape[-1] in (1, 3):
         images = images.transpose(0, 3, 1, 2)
     if images.shape[1] not in (1, 3):
         raise DinobenchError(f"{path}: {images_key} {images.shape} has no axis of 1 or 3 colours")
     targets = None if labels is None else _npz_labels(path, labels, len(images))
-    classes = () if targets is None else tuple(str(k) for k in range(int(targets.max()) + 1)) if len(targets) else ()
+    classes = tuple(map(str, range(num_classes))) if targets is not None else ()
     pixels = torch.from_numpy(np.ascontiguousarray(images))
     return ImageSet(
         name, split, array_fingerprint(pixels, targets), ArraySource(pixels), labels=targets, classes=classes

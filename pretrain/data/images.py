@@ -39,8 +39,12 @@ class UnreadableImage(Exception):
 class Source(Protocol):
     """Where an image set's pixels come from."""
 
-    pixels: Tensor | None
-    """uint8 [N, C, H, W], C in (1, 3), where all images are in memory."""
+    @property
+    def pixels(self) -> Tensor | None:
+        """uint8 [N, C, H, W], C in (1, 3), where all images are in memory."""
+        ...
+
+    def __len__(self) -> int: ...
 
     def path(self, number: int) -> str: ...
 
@@ -54,19 +58,21 @@ class ArraySource:
 
     def __init__(self, pixels: Tensor) -> None:
         assert pixels.dtype == torch.uint8 and pixels.ndim == 4 and pixels.shape[1] in (1, 3), pixels.shape
-        self.pixels: Tensor | None = pixels
-        self._pixels = pixels
+        self.pixels = pixels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
 
     def path(self, number: int) -> str:
         return f"image {number}"
 
     def read(self, number: int) -> Image.Image:
-        return Image.fromarray(self._pixels[number].expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+        return Image.fromarray(self.pixels[number].expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
 
     def resized(self, short_side: int) -> ArraySource:
-        height, width = resized_size(*self._pixels.shape[-2:], short_side)
+        height, width = resized_size(self.pixels.shape[-2], self.pixels.shape[-1], short_side)
         # In parts, for the memory of the intermediate steps.
-        parts = self._pixels.split(4096)
+        parts = self.pixels.split(4096)
         scaled = [F.interpolate(p, (height, width), mode="bilinear", antialias=True) for p in parts]
         return ArraySource(torch.cat(scaled))
 
@@ -78,6 +84,9 @@ class FileSource:
 
     def __init__(self, store: Store, names: Sequence[str], where: str, short_side: int | None = None) -> None:
         self.store, self.names, self.where, self.short_side = store, names, where, short_side
+
+    def __len__(self) -> int:
+        return len(self.names)
 
     def path(self, number: int) -> str:
         return f"{self.where}/{self.names[number]}"
@@ -174,7 +183,7 @@ class ImageSet:
         """Images left out as unreadable: path and reason."""
         self.source = source
         self._rows = rows
-        self._length = len(rows) if rows is not None else _source_length(source)
+        self._length = len(source if rows is None else rows)
         self._array: Tensor | None = None
         self._array_tried = False
         self._reported: set[int] = set()
@@ -308,10 +317,6 @@ class ImageSet:
         kept = self.subset([number for number in range(len(self)) if number not in bad])
         kept.skipped = (*self.skipped, *bad.values())
         return kept
-
-
-def _source_length(source: Source) -> int:
-    return len(source.pixels) if source.pixels is not None else len(source.names)  # type: ignore[attr-defined]
 
 
 def _spread(total: int, wanted: int) -> list[int]:

@@ -61,11 +61,12 @@ def resize_weights(
     step, first = scale * unit, 0.5 * scale * unit
     if flip is not None:
         first, step = np.where(flip, first + (target - 1) * step, first), np.where(flip, -step, step)
-    table = to_device(np.stack([(0.5 - start) * unit, unit, first, step, start, start + length]), device)[..., None]
-    pixel = torch.arange(source, device=device, dtype=torch.float32)
-    outside = (pixel < table[4]) | (pixel >= table[5])
-    pixel = torch.addcmul(table[0], table[1], pixel).masked_fill_(outside, _FAR)  # [N, source]
-    centre = torch.addcmul(table[2], table[3], pixel.new_tensor(np.arange(target)))  # [N, target]
+    table = to_device(np.stack([start, length, unit, 0.5 * unit, step, first]), device)[..., None]
+    # Whole numbers, exact in float32; the centre of a pixel is half a pixel on.
+    within = torch.arange(source, device=device, dtype=torch.float32) - table[0]  # [N, source]
+    outside = (within < 0) | (within >= table[1])
+    pixel = torch.addcmul(table[3], table[2], within).masked_fill_(outside, _FAR)
+    centre = torch.addcmul(table[5], table[4], torch.arange(target, device=device))  # [N, target]
     weights = bicubic(pixel[:, None, :] - centre[:, :, None])
     return weights.div_(weights.sum(-1, keepdim=True))
 

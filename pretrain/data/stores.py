@@ -6,6 +6,7 @@ open for itself (file descriptors) is opened on first use there.
 
 from __future__ import annotations
 
+import functools
 import os
 import tarfile
 import zipfile
@@ -133,16 +134,23 @@ def is_archive(path: Path) -> bool:
 
 def open_store(path: Path) -> Store:
     """The store at a path: a folder, or an archive by its suffix."""
-    if path.is_dir():
-        return FolderStore(path)
     if not path.exists():
         raise DinobenchError(f"no such folder or archive: {path}")
-    if not is_archive(path):
-        raise DinobenchError(f"{path} is neither a folder nor an archive ({', '.join(ARCHIVE_SUFFIXES)})")
-    name = path.name.lower()
     try:
-        if name.endswith(".zip"):
-            return ZipStore(path)
-        return TarStore(path) if name.endswith(".tar") else MemoryStore(path)
+        if path.is_dir():
+            return FolderStore(path)
+        if not is_archive(path):
+            raise DinobenchError(f"{path} is neither a folder nor an archive ({', '.join(ARCHIVE_SUFFIXES)})")
+        return _open_archive(path, path.stat().st_size, path.stat().st_mtime_ns)
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-        raise DinobenchError(f"cannot read the archive {path} ({error}): is the download complete?") from error
+        what = "folder" if path.is_dir() else "archive (is the download complete?)"
+        raise DinobenchError(f"cannot read the {what} {path}: {error}") from error
+
+
+@functools.lru_cache(maxsize=2)
+def _open_archive(path: Path, size: int, changed: int) -> Store:
+    """Kept between calls, because reading the table of a large archive takes seconds and its splits share it."""
+    name = path.name.lower()
+    if name.endswith(".zip"):
+        return ZipStore(path)
+    return TarStore(path) if name.endswith(".tar") else MemoryStore(path)

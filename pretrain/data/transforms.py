@@ -2,7 +2,7 @@
 
 A PIL image goes through PIL, as in the official evaluation scripts (equal to golden/eval_transform); uint8 tensors go
 through torch's 8-bit resize on the CPU, which follows PIL's arithmetic up to its rounding (at most 2 levels of 255
-apart, 0.05 on average). Files are therefore transformed one by one through PIL, sets in memory as batches through
+apart, 0.1 on average). Files are therefore transformed one by one through PIL, sets in memory as batches through
 `batch`.
 """
 
