@@ -14,6 +14,7 @@ Shapes: N images, D features, C classes, R learning rates, B batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -61,7 +62,7 @@ def run(train: Split, test: Split, parameters: Parameters, context: Context) -> 
             "standardise: true in a copy of the suite definition"
         )
     rate = parameters.learning_rates[best]
-    final = fit_sweep(features, labels, [rate], parameters, context)
+    final = fit_sweep(features, labels, torch.arange(len(labels)), [rate], parameters, context)
     score = final.logits(test.features.to(context.device))[:, 0].cpu()
     rank = rank_of(test.labels[:, None], score)
     correct = rank == 0
@@ -83,54 +84,71 @@ def _validate(features: Tensor, labels: Tensor, parameters: Parameters, context:
     accuracy, loss, num_held = torch.zeros(()), torch.zeros(()), 0
     for fold in range(parameters.num_folds):
         fit, held = held_out_split(labels.cpu(), parameters.held_out, context.seed, fold)
-        classifiers = fit_sweep(features[fit], labels[fit], parameters.learning_rates, parameters, context)
+        classifiers = fit_sweep(features, labels, fit, parameters.learning_rates, parameters, context)
         hits, losses = _score_sweep(classifiers, features[held], labels[held])
         accuracy, loss, num_held = accuracy + hits, loss + losses, num_held + len(held)
     return accuracy / num_held, loss / num_held, num_held
 
 
-class Classifiers:
-    """R linear classifiers on standardised features: weight [R * C, D], bias [R * C]."""
+class Standardiser:
+    """Shift and scale per dimension, from the images trained on; nothing when it is off."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, num_rates: int, mean: Tensor, scale: Tensor):
-        self.weight, self.bias, self.num_rates, self.mean, self.scale = weight, bias, num_rates, mean, scale
+    def __init__(self, fitted_on: Tensor | None):
+        """`fitted_on` [N, D], or None for no change."""
+        self.mean = self.scale = None
+        if fitted_on is not None:
+            self.mean = fitted_on.mean(0)
+            self.scale = 1 / fitted_on.std(0, correction=0).clamp_min(1e-6)
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return features if self.mean is None or self.scale is None else (features - self.mean) * self.scale
+
+
+class Classifiers:
+    """R linear classifiers: weight [R * C, D], bias [R * C]."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, num_rates: int, standardise: Standardiser):
+        self.weight, self.bias, self.num_rates, self.standardise = weight, bias, num_rates, standardise
 
     def logits(self, features: Tensor) -> Tensor:
         """features [N, D] -> logits [N, R, C]."""
-        normalised = (features - self.mean) * self.scale
-        return nn.functional.linear(normalised, self.weight, self.bias).unflatten(1, (self.num_rates, -1))
+        return self.of_standardised(self.standardise(features))
+
+    def of_standardised(self, x: Tensor) -> Tensor:
+        """x [N, D], standardised already -> logits [N, R, C]."""
+        return torch.addmm(self.bias, x, self.weight.T).unflatten(1, (self.num_rates, -1))
 
 
 def fit_sweep(
-    features: Tensor, labels: Tensor, rates: Sequence[float], parameters: Parameters, context: Context
+    features: Tensor, labels: Tensor, rows: Tensor, rates: Sequence[float], parameters: Parameters, context: Context
 ) -> Classifiers:
-    """Train one classifier per rate on features [N, D] and labels [N]."""
-    num_classes, num_rates, batch = context.num_classes, len(rates), min(parameters.batch_size, len(features))
-    mean, scale = features.new_zeros(features.shape[1]), features.new_ones(features.shape[1])
-    if parameters.standardise:
-        mean = features.mean(0)
-        scale = 1 / features.std(0, correction=0).clamp_min(1e-6)
-    inputs = (features - mean) * scale
+    """Train one classifier per rate on the images `rows` of features [N, D] and labels [N].
+
+    Nothing of the size of the features is copied unless they are standardised.
+    """
+    device, num_classes = features.device, context.num_classes
     generator = torch.Generator().manual_seed(context.seed)
     initial = 0.01 * torch.randn(num_classes, features.shape[1], generator=generator)
-    weight = initial.to(features.device).repeat(num_rates, 1)
+    weight = initial.to(device).repeat(len(rates), 1)
     bias = weight.new_zeros(len(weight))
     weight_step, bias_step = torch.zeros_like(weight), torch.zeros_like(bias)
-    peak = torch.tensor(rates, device=weight.device).repeat_interleave(num_classes) * parameters.batch_size / 256
-    one_hot = nn.functional.one_hot(labels, num_classes).to(inputs.dtype)
+    standardise = Standardiser(features[rows.to(device)] if parameters.standardise else None)
+    classifiers = Classifiers(weight, bias, len(rates), standardise)
+    peak = torch.tensor(rates, device=device).repeat_interleave(num_classes) * parameters.batch_size / 256
     for epoch in range(parameters.epochs):
-        rate = peak * (0.5 + 0.5 * torch.cos(torch.tensor(torch.pi * epoch / parameters.epochs)))
-        order = torch.randperm(len(inputs), generator=generator).to(inputs.device)
-        for chosen in order.split(batch):
-            x = inputs[chosen]
-            logits = torch.addmm(bias, x, weight.T).unflatten(1, (num_rates, num_classes))
-            # Gradient of the mean cross-entropy with respect to the logits, in closed form: no autograd.
-            error = ((logits.softmax(2) - one_hot[chosen][:, None]) / len(chosen)).flatten(1)
+        rate = peak * (0.5 + 0.5 * math.cos(math.pi * epoch / parameters.epochs))
+        order = rows[torch.randperm(len(rows), generator=generator)].to(device)
+        for chosen in order.split(parameters.batch_size):
+            x, y = standardise(features[chosen]), labels[chosen]
+            # Gradient of the mean cross-entropy with respect to the logits, in closed form: (softmax - one-hot) / B.
+            error = classifiers.of_standardised(x).softmax(2)
+            error.scatter_add_(2, y[:, None, None].expand(-1, len(rates), 1), error.new_full((), -1).expand_as(error))
+            error = error.div_(len(chosen)).flatten(1)
             weight_step.mul_(parameters.momentum).addmm_(error.T, x)
             bias_step.mul_(parameters.momentum).add_(error.sum(0))
             weight.addcmul_(rate[:, None], weight_step, value=-1)
             bias.addcmul_(rate, bias_step, value=-1)
-    return Classifiers(weight, bias, num_rates, mean, scale)
+    return classifiers
 
 
 def held_out_split(labels: Tensor, share: float, seed: int, fold: int = 0) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,8 @@ def test_sweep_equals_one_sgd_training_per_rate(make_split: MakeSplit) -> None:
     split = make_split(100)
     parameters = linear.Parameters(epochs=4, batch_size=32)
     rates = [0.01, 0.3, 2.0]
-    sweep = linear.fit_sweep(split.features, split.labels, rates, parameters, Context(3, seed=5)).logits(split.features)
+    context, rows = Context(3, seed=5), torch.arange(100)
+    sweep = linear.fit_sweep(split.features, split.labels, rows, rates, parameters, context).logits(split.features)
     for i, rate in enumerate(rates):
         expected = autograd_training(split, rate, parameters, seed=5)(split.features)
         torch.testing.assert_close(sweep[:, i], expected, rtol=1e-4, atol=1e-5)
