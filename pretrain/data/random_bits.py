@@ -87,5 +87,5 @@ def device_normals(streams: Tensor, counters: Tensor) -> Tensor:
 
     Streams int64 [B], counters int64 [C] -> float32 [B, 4 C].
     """
-    picked = device_bits(streams, counters).view(torch.uint16).int()
+    picked = device_bits(streams, counters).view(torch.int16).int().bitwise_and_(0xFFFF)
     return _normal_quantiles(streams.device).index_select(0, picked.flatten()).view(picked.shape)

@@ -50,21 +50,27 @@ class BatchedViews:
         Returns:
             One float32 [B, 3, s, s] per view, on the device of `pixels`.
         """
-        batch, channels, height, width = pixels.shape
+        batch, _, height, width = pixels.shape
         host_sizes = np.tile([[height, width]], (batch, 1)) if sizes is None else sizes.numpy(force=True)
         streams = image_streams(self.seed, epoch, index.numpy(force=True))
         draw = parameters.Draw(self.config, streams)
-        images = self._images(pixels, draw, host_sizes)
-        boxes = np.stack(parameters.crop_boxes(draw, host_sizes))
+        # Half precision would cost two levels of 255.
+        with torch.autocast(pixels.device.type, enabled=False):
+            return self._views(pixels, draw, host_sizes, streams)
+
+    def _views(self, pixels: Tensor, draw: parameters.Draw, sizes: np.ndarray, streams: np.ndarray) -> list[Tensor]:
+        """The views, group by group."""
+        images = self._images(pixels, draw, sizes)
+        boxes = np.stack(parameters.crop_boxes(draw, sizes))
         steps = parameters.jitter_steps(draw) if self.config.jitters else None
-        noise = self._noise(streams, channels, pixels.device) if self.config.noise else None
+        noise = self._noise(streams, pixels.shape[1], pixels.device) if self.config.noise else None
         views: list[Tensor] = []
         for size, group in self._groups:
             x = self._crop(draw, images, boxes, size, group)  # [N, C, s, s], N = V B
             x = x if steps is None else self._jitter(draw, x, steps, group)
             x = self._filter(draw, x, group)
             x = self._finish(draw, x, group, None if noise is None else noise[size])
-            views.extend(x.view(-1, batch, 3, size, size))
+            views.extend(x.view(-1, len(pixels), 3, size, size))
         return views
 
     def _images(self, pixels: Tensor, draw: parameters.Draw, sizes: np.ndarray) -> Tensor:

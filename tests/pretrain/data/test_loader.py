@@ -93,6 +93,14 @@ def test_resuming_at_any_step_equals_not_stopping(request: pytest.FixtureRequest
     assert len({batch.epoch for batch in whole}) > 1
 
 
+def test_two_ranks_of_images_in_memory_see_the_same_bits(digits: ImageSet) -> None:
+    config = views("batched")
+    one = next(Loader(digits, config, batch_size=8, seed=2).batches())
+    ranks = [next(Loader(digits, config, batch_size=8, seed=2, rank=r, world_size=2).batches()) for r in (0, 1)]
+    for whole, *parts in zip(one.views, *(rank.views for rank in ranks), strict=True):
+        assert torch.equal(whole, torch.cat(parts))
+
+
 def test_an_epoch_shows_each_image_once_and_the_next_in_another_order(digits: ImageSet) -> None:
     loader = Loader(digits, views("batched"), batch_size=12, seed=0)
     assert loader.steps_per_epoch == 4

@@ -177,6 +177,13 @@ def test_the_largest_views_of_equal_sizes_form_one_group() -> None:
     assert [tuple(view.shape) for view in views] == [(2, 3, 12, 12)] * 4
 
 
+def test_views_inside_autocast_keep_full_precision(pixels: Tensor) -> None:
+    plain = BatchedViews(COLOUR, 0)(pixels, None, torch.arange(BATCH), 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = BatchedViews(COLOUR, 0)(pixels, None, torch.arange(BATCH), 0)
+    assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
+
+
 def test_an_image_of_one_pixel_is_a_valid_image() -> None:
     views = BatchedViews(COLOUR, 0)(torch.full((2, 3, 1, 1), 200, dtype=torch.uint8), None, torch.arange(2), 0)
     assert all(view.isfinite().all() for view in views)
