@@ -40,7 +40,7 @@ def draw_prototypes(norms: Sequence[float], kappas: Sequence[float] | None, file
     """Histogram of the prototypes' norms and, where the temperature is known, of their precisions kappa."""
     panels = {"norm of the prototypes": norms}
     if kappas is not None:
-        panels["precision kappa = norm / teacher temperature"] = kappas
+        panels["precision kappa = norm / tau"] = kappas
     figure = _figure(len(panels))
     for axes, (title, values) in zip(figure.axes, panels.items(), strict=True):
         # normalised prototypes differ by rounding only: without a least width the axis would show noise

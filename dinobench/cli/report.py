@@ -76,7 +76,7 @@ def against_pixels(results: Sequence[Result]) -> str:
         if pixels is not None:
             text = f"{result.suite_name} {number(result.score)} against {number(pixels)}"
             (above if result.score > pixels else below).append(text)
-    parts = [f"Above raw pixels: {', '.join(above)}." if above else "", _below(below, above)]
+    parts = [f"Above raw pixels: {', '.join(above)}." if above else "", _below(below, above), _untrained(results)]
     return " ".join(part for part in parts if part)
 
 
@@ -89,6 +89,16 @@ def _below(below: list[str], above: list[str]) -> str:
         shown = " and ".join(entry.partition(" ")[0] for entry in above if "fewshot" in entry or "clusters" in entry)
         text += f"; what pretraining adds shows in {shown}." if shown else "."
     return text
+
+
+def _untrained(results: Sequence[Result]) -> str:
+    """A word of warning where random weights do as well; prototype counts are no better for being higher."""
+    worse = []
+    for result in results:
+        floor = result.baseline("random_init")
+        if result.protocol != "prototypes" and floor is not None and result.score <= floor:
+            worse.append(f"{result.suite_name} {number(result.score)} against {number(floor)}")
+    return f"Not above random init, so the training has not helped yet: {', '.join(worse)}." if worse else ""
 
 
 def pointers(summary: Summary, output: Path) -> dict[str, str]:

@@ -182,6 +182,11 @@ def test_the_verdict_on_pixels_follows_the_numbers(make_result: Callable[..., Re
     assert report.against_pixels([make_result(98.9)]) == "Above raw pixels: digits_knn 98.9 against 97.8."
 
 
+def test_features_no_better_than_random_weights_are_called_so(make_result: Callable[..., Result]) -> None:
+    text = report.against_pixels([make_result(48.4)])
+    assert text.endswith("Not above random init, so the training has not helped yet: digits_knn 48.4 against 60.9.")
+
+
 def test_the_summary_names_numbers_checkpoint_command_and_pages(
     finished: RunFolder,
     make_result: Callable[..., Result],
