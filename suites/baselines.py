@@ -51,7 +51,7 @@ class Setting:
     cache: FeatureCache | None
     precision: Precision = "fp32"
     batch_size: int = 256
-    workers: int = 0
+    workers: int | None = None
     progress: Progress | None = None
 
 

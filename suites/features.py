@@ -14,6 +14,7 @@ Shapes: N images, B batch, D features.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -69,10 +70,13 @@ def extract(
     device: str = "cpu",
     precision: Precision = "fp32",
     batch_size: int = 256,
-    workers: int = 0,
+    workers: int | None = None,
     progress: Progress | None = None,
 ) -> Features:
     """Features [N, D] of all images, from the cache when they are there.
+
+    Args:
+        workers: Processes that decode image files; None = one per core for large sets, none for small ones.
 
     Raises:
         DinobenchError: a feature is not finite; the message names the checkpoint and the image.
@@ -82,7 +86,8 @@ def extract(
 
     def compute() -> tuple[dict[str, Tensor], dict[str, str]]:
         started = time.monotonic()
-        batches = image_batches(images, transform, batch_size, workers)
+        number = default_workers(len(images)) if workers is None else workers
+        batches = image_batches(images, transform, batch_size, number)
         values = _forward(model.backbone, batches, wanted, device, precision, progress, images)
         _check_finite(values, model, images)
         seconds = f"{time.monotonic() - started:.3f}"
@@ -144,6 +149,12 @@ def image_batches(images: ImageSet, transform: EvalTransform, batch_size: int, w
             yield transform.batch(block)
         return
     yield from DataLoader(_Decoded(images, transform), batch_size, num_workers=workers)
+
+
+def default_workers(num_images: int) -> int:
+    """One process per usable core; starting them is not worth it below some thousand images."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores if num_images >= 5000 and cores > 1 else 0
 
 
 class _Decoded(Dataset[Tensor]):

@@ -63,7 +63,7 @@ def measure(
     backend: Backend = "auto",
     baselines: bool = True,
     batch_size: int = 256,
-    workers: int = 0,
+    workers: int | None = None,
     progress: Progress | None = None,
 ) -> Measurement:
     """Measure one checkpoint with one suite.

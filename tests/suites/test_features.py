@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from pretrain.errors import DinobenchError, UsageError
 from pretrain.models.backbones import last_tokens
 from pretrain.models.checkpoint import LoadedModel
 from suites.cache import FeatureCache
-from suites.features import describe_feature, extract, feature_key, resolve_feature
+from suites.features import default_workers, describe_feature, extract, feature_key, resolve_feature
 from suites.suite import Feature, LastBlocks
 
 MakeImages = Callable[..., ImageSet]
@@ -128,3 +129,23 @@ def test_unlabelled_images_have_features_and_no_labels(model: LoadedModel, make_
     features = extract(model, make_images(labelled=False), TRANSFORM)
     assert features.labels is None
     assert len(features.split().labels) == 0
+
+
+def test_small_sets_are_decoded_without_worker_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert default_workers(100) == 0
+    assert default_workers(50_000) == 8
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    assert default_workers(50_000) == 0
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_same_features(model: LoadedModel, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for number in range(12):
+        pixels = torch.randint(0, 256, (20, 20 + number, 3), generator=generator, dtype=torch.uint8)
+        (tmp_path / f"class{number % 2}").mkdir(exist_ok=True)
+        Image.fromarray(pixels.numpy()).save(tmp_path / f"class{number % 2}" / f"{number}.png")
+    images, transform = open_dataset(f"folder:{tmp_path}"), EvalTransform(resize=20, crop=16)
+    alone, together = (extract(model, images, transform, batch_size=4, workers=n).cls for n in (0, 2))
+    assert torch.equal(alone, together)
