@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from pretrain.data.datasets import open_dataset
 from pretrain.data.loader import Loader
 from pretrain.training.checkpoints import CheckpointFolder
 from pretrain.training.meter import Meter, Progress
@@ -49,11 +48,8 @@ def train(
     """
     runtime = Runtime.start(recipe.runtime)
     local_batch_size(recipe.optim.batch_size, runtime.world_size, recipe.runtime.accumulate)
-    images = open_dataset(recipe.data.name, recipe.data.split, max_bad_images=recipe.data.max_bad_images)
-    if recipe.data.resize:
-        images = images.resized(recipe.data.resize)
     loader = Loader(
-        images,
+        recipe.data.open(),
         recipe.views,
         batch_size=recipe.optim.batch_size,
         seed=recipe.seed,
@@ -82,9 +78,10 @@ def train(
             every = recipe.checkpoint.every_steps
             if kept or interrupted or (every and done % every == 0):
                 meter.refuse_non_finite()
+                if kept:
+                    log(meter.unique_prototypes(), done)  # before the file: a kill in between repeats it, not loses it
                 files.write(trainer, done, kept=kept)
             if kept:
-                log(meter.unique_prototypes(), done)
                 on_checkpoint(files.path(done), done)
             if interrupted:
                 return Outcome("interrupted", done, meter.seconds, meter.mean_rate, files.kept(), stop.name)
