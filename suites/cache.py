@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -178,9 +178,8 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 def _replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that becomes `path` when the block ends well: readers see all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-    os.close(descriptor)
-    temporary = Path(name)
+    # Not tempfile: its files are readable by their owner only, and a cache may be shared.
+    temporary = path.parent / f".writing-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         yield temporary
         with temporary.open("rb") as file:
