@@ -6,7 +6,7 @@ and kept in the cache under everything it depends on.
     raw_pixels   the stored pixels in [0, 1] as one vector; one channel when all three are equal (gray images)
     pca          their first 32 principal components (64 for images of 256 pixels or more), fitted on train
     random_init  the checkpoint's backbone (and head, where the protocol needs it) with fresh weights by its own init
-                 rule: mean of the scores over `baseline_seeds` seeds 0, 1, ...; `<headline>_sd` is their deviation
+                 rule: mean of the scores over `baseline_seeds` seeds 0, 1, ...; `<headline>_seed_sd` is their deviation
 
 Pixels need a data set whose images share one size of at most 64 x 64; for others the first two do not apply.
 """
@@ -32,7 +32,7 @@ from suites.features import Precision, Progress, extract
 from suites.protocols.protocol import Context, Split
 from suites.suite import Suite, protocol_module
 
-FORMAT = 1
+FORMAT = 2
 """Raised when a baseline would give other scores."""
 MAX_SIDE = 64
 _NOT_THE_FUNCTION = {"drop_path", "attention"}
@@ -157,7 +157,7 @@ def _random_init(setting: Setting) -> dict[str, float]:
     scores = {name: float(np.mean([run[name] for run in runs])) for name in runs[0] if all(name in run for run in runs)}
     headline = setting.suite.headline
     if len(runs) > 1:
-        scores[f"{headline}_sd"] = float(np.std([run[headline] for run in runs], ddof=1))
+        scores[f"{headline}_seed_sd"] = float(np.std([run[headline] for run in runs], ddof=1))
     return scores
 
 

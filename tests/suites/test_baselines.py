@@ -38,7 +38,7 @@ def test_all_three_are_measured_with_the_scores_of_the_suite(make_setting: Calla
     assert list(found) == ["raw_pixels", "pca", "random_init"]
     assert set(found["raw_pixels"]) == {"top1", "top5", "top1_k5", "top5_k5", "top1_k20", "top5_k20"}
     assert found["raw_pixels"]["top1"] == 100
-    assert "top1_sd" in found["random_init"]
+    assert "top1_seed_sd" in found["random_init"]
 
 
 def test_second_time_comes_from_the_cache(
