@@ -32,7 +32,7 @@ from suites.features import Precision, Progress, extract
 from suites.protocols.protocol import Context, Split
 from suites.suite import Suite, protocol_module
 
-FORMAT = 2
+FORMAT = 1
 """Raised when a baseline would give other scores."""
 MAX_SIDE = 64
 _NOT_THE_FUNCTION = {"drop_path", "attention"}
