@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from pretrain.errors import CheckFailed, DinobenchError
-from pretrain.objectives.prototype_usage import unique_count
+from pretrain.objectives.prototype_usage import UNIQUE_THRESHOLD, unique_counts
 from pretrain.training.recipe import Recipe
 from pretrain.training.runtime import all_reduce_sum
 from pretrain.training.schedules import Plan
@@ -108,9 +108,13 @@ class Meter:
             )
 
     def unique_prototypes(self) -> dict[str, float]:
-        """Number of different prototypes, counted at checkpoints because it costs K^2."""
+        """Different prototypes over a sweep of cosine distances, counted at checkpoints because it costs K^2."""
         prototypes = self.trainer.method.prototypes()
-        return {} if prototypes is None else {"prototypes/unique": float(unique_count(prototypes.vectors()))}
+        if prototypes is None:
+            return {}
+        counts = unique_counts(prototypes.vectors())
+        sweep = {f"prototypes/unique_at_{distance:g}": float(count) for distance, count in counts.items()}
+        return {"prototypes/unique": float(counts[UNIQUE_THRESHOLD]), **sweep}
 
     def _warm(self, step: int) -> bool:
         """Whether a verdict may be given: after the learning-rate warm-up and a fifth of the training."""
