@@ -40,9 +40,9 @@ class DataConfig(BaseModel):
     """Name or URI of a dataset."""
     split: str = "train"
     """A split, or a part of one such as "train[:0.8]"."""
-    resize: int | None = Field(None, ge=1)
+    resize: int | None = Field(default=None, ge=1)
     """Short side (pixels) to which images are brought before the views are cut; None leaves them as they are."""
-    max_bad_images: float = Field(MAX_BAD_IMAGES, ge=0, le=1)
+    max_bad_images: float = Field(default=MAX_BAD_IMAGES, ge=0, le=1)
     """Share of unreadable images up to which a set is accepted."""
 
     @property

@@ -48,27 +48,27 @@ class ViewsConfig(BaseModel):
 
     backend: Literal["batched", "pil"] = "batched"
     """`batched`: tensors on the training device. `pil`: the CPU reference, one image at a time."""
-    global_size: int = Field(224, ge=1)
+    global_size: int = Field(default=224, ge=1)
     """Side of the two global views, pixels."""
     global_scale: Range = (0.4, 1.0)
     """Share of the image area in a global view, drawn uniformly."""
-    local: int = Field(8, ge=0)
+    local: int = Field(default=8, ge=0)
     """Number of local views."""
-    local_size: int = Field(96, ge=1)
+    local_size: int = Field(default=96, ge=1)
     """Side of the local views, pixels."""
     local_scale: Range = (0.05, 0.4)
     """Share of the image area in a local view, drawn uniformly."""
     ratio: Range = (3 / 4, 4 / 3)
     """Width / height of the crop box, drawn log-uniformly."""
-    flip: float = Field(0.5, ge=0, le=1)
+    flip: float = Field(default=0.5, ge=0, le=1)
     """Probability of a horizontal flip."""
-    jitter: float = Field(0.8, ge=0, le=1)
+    jitter: float = Field(default=0.8, ge=0, le=1)
     """Probability of colour jitter."""
-    brightness: float = Field(0.4, ge=0)
-    contrast: float = Field(0.4, ge=0)
-    saturation: float = Field(0.2, ge=0)
-    hue: float = Field(0.1, ge=0, le=0.5)
-    gray: float = Field(0.2, ge=0, le=1)
+    brightness: float = Field(default=0.4, ge=0)
+    contrast: float = Field(default=0.4, ge=0)
+    saturation: float = Field(default=0.2, ge=0)
+    hue: float = Field(default=0.1, ge=0, le=0.5)
+    gray: float = Field(default=0.2, ge=0, le=1)
     """Probability of dropping the colour."""
     blur: Triple = (1.0, 0.1, 0.5)
     """Probability of blur in global view 1, global view 2, local views."""
@@ -76,13 +76,13 @@ class ViewsConfig(BaseModel):
     """Standard deviation of the blur in output pixels, drawn uniformly."""
     solarize: Triple = (0.0, 0.2, 0.0)
     """Probability of solarization in global view 1, global view 2, local views."""
-    rotation: float = Field(0.0, ge=0, le=180)
+    rotation: float = Field(default=0.0, ge=0, le=180)
     """The image is rotated by up to this many degrees either way before the crop (black outside)."""
-    shear: float = Field(0.0, ge=0, lt=90)
+    shear: float = Field(default=0.0, ge=0, lt=90)
     """The image is sheared along x by up to this many degrees either way before the crop."""
-    erase: float = Field(0.0, ge=0, le=1)
+    erase: float = Field(default=0.0, ge=0, le=1)
     """Probability that a random box (torchvision's RandomErasing: 2 to 33 % of the area) is set to the mean colour."""
-    noise: float = Field(0.0, ge=0)
+    noise: float = Field(default=0.0, ge=0)
     """Standard deviation of the noise added to each pixel, where pixels lie in [0, 1]."""
     mean: Triple = IMAGENET_MEAN
     std: Triple = IMAGENET_STD

@@ -32,8 +32,9 @@ NUM_TEACHER_VIEWS = 2
 class Dino(Method):
     """DINO and its prototype variants."""
 
-    student: Network
-    teacher: Network
+    # Narrower than in Method, and set once, in __init__.
+    student: Network  # pyright: ignore[reportIncompatibleVariableOverride]
+    teacher: Network  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, recipe: Recipe, plan: Plan):
         super().__init__(recipe, plan)

@@ -6,7 +6,8 @@ each student view needs one log-sum-exp and the teacher meets the student in one
     loss = (1/n) [ sum_v c_v LSE(s_v) - sum_g <a_g, m_g>/tau - (V-1) sum_g p_g . b ]
     s_v = z_v W^T / tau + b      m_g = p_g W      a_g = sum_v z_v - z_g      c_v = number of teachers v is paired with
 
-Shapes: V views (the first G are global), B images, K prototypes, D bottleneck; z [V, B, D], W [K, D], b [K], p [G, B, K].
+Shapes: V views (the first G are global), B images, K prototypes, D bottleneck;
+z [V, B, D], W [K, D], b [K], p [G, B, K].
 """
 
 from __future__ import annotations

@@ -73,27 +73,24 @@ class Health(nn.Module):
         entropy, mean_entropy = self.sum_entropy / self.rows, torch.special.entr(mean_target).sum()
         loss = self.sum_loss / self.steps
         std, rank = feature_spread(self.features)
-        values = torch.stack(
-            [
-                loss,
-                loss / log_k,
-                loss - entropy,
-                entropy,
-                mean_entropy,
-                mean_entropy - entropy,
-                std,
-                rank,
-                prototype_usage.usage_entropy(self.usage),
-                (self.usage > 0).sum().float(),
-                self.rows,
-            ]
-        ).tolist()
-        names = ("loss/total loss/over_lnK loss/kl health/target_entropy health/mean_target_entropy "
-                 "health/information health/feature_std health/effective_rank prototypes/usage_entropy "
-                 "prototypes/used prototypes/rows").split()  # fmt: skip
+        values = {
+            "loss/total": loss,
+            "loss/over_lnK": loss / log_k,
+            "loss/kl": loss - entropy,
+            "health/target_entropy": entropy,
+            "health/mean_target_entropy": mean_entropy,
+            "health/information": mean_entropy - entropy,
+            "health/feature_std": std,
+            "health/effective_rank": rank,
+            "prototypes/usage_entropy": prototype_usage.usage_entropy(self.usage),
+            "prototypes/used": (self.usage > 0).sum(),
+            "prototypes/rows": self.rows,
+        }
+        # One transfer for all of them.
+        metrics = dict(zip(values, torch.stack([value.double() for value in values.values()]).tolist(), strict=True))
         for buffer in (self.sum_target, self.usage, self.sum_entropy, self.sum_loss, self.rows, self.steps):
             buffer.zero_()
-        return dict(zip(names, values, strict=True))
+        return metrics
 
     def verdict(self, metrics: dict[str, float]) -> str | None:
         """The name of a collapse seen on PATIENCE intervals in a row, or None. Call only after the warm-up."""

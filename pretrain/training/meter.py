@@ -1,4 +1,4 @@
-"""What a training shows of itself: metrics once per logging interval, progress after every step, a verdict on collapse."""
+"""What a training shows of itself: metrics every logging interval, progress after every step, a verdict on collapse."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ class Meter:
         if float(all_reduce_sum((first >= 0).float())) > 0:
             raise DinobenchError(
                 f"loss/total is not finite since step {int(first) + 1} (learning rate "
-                f"{self.trainer.learning_rates[max(int(first), 0)]:.2e}). The last good checkpoint is kept. Try a lower "
-                "optim.lr, a longer schedule.warmup_epochs, a smaller optim.clip or runtime.precision=fp32"
+                f"{self.trainer.learning_rates[max(int(first), 0)]:.2e}). The last good checkpoint is kept. Try a "
+                "lower optim.lr, a longer schedule.warmup_epochs, a smaller optim.clip or runtime.precision=fp32"
             )
 
     def unique_prototypes(self) -> dict[str, float]:

@@ -73,9 +73,9 @@ def test_an_unused_prototype_does_not_poison_the_centre(centring):
     logits = torch.zeros(3, 4)
     logits[:, 0] = -1e4
     for _ in range(3):
-        probabilities = target(logits, 0.04)
+        assert torch.isfinite(target(logits, 0.04)).all()
         target.update()
-    assert torch.isfinite(probabilities).all() and torch.isfinite(target.center).all()
+    assert torch.isfinite(target.center).all()
 
 
 @pytest.mark.parametrize("centring", ["logit", *PROBABILITY_RULES])
@@ -97,7 +97,8 @@ def test_equal_norms_make_the_vmf_normaliser_irrelevant():
         for _ in range(2):
             a, b = with_it(_logits(), 0.07, constant), without(_logits(), 0.07)
             torch.testing.assert_close(a, b)
-            with_it.update(), without.update()
+            with_it.update()
+            without.update()
 
 
 def _two_ranks(rank, golden, folder):

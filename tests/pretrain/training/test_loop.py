@@ -136,7 +136,11 @@ def test_a_loss_that_is_not_finite_stops_with_metric_and_step_and_keeps_the_last
 def test_a_collapsed_run_is_named_and_stopped(tmp_path):
     # A teacher so warm that every target is flat.
     recipe = _recipe(
-        "target.temperature=50.0", "schedule.epochs=6", "runtime.log_every=2", "runtime.stop_on_collapse=true", method="dino"
+        "target.temperature=50.0",
+        "schedule.epochs=6",
+        "runtime.log_every=2",
+        "runtime.stop_on_collapse=true",
+        method="dino",
     )
     lines, log = _recorder()
     with pytest.raises(CheckFailed, match=r"collapsed \(uniform\)"):
