@@ -32,9 +32,8 @@ NUM_TEACHER_VIEWS = 2
 class Dino(Method):
     """DINO and its prototype variants."""
 
-    # Narrower than in Method, and set once, in __init__.
-    student: Network  # pyright: ignore[reportIncompatibleVariableOverride]
-    teacher: Network  # pyright: ignore[reportIncompatibleVariableOverride]
+    student: Network
+    teacher: Network
 
     def __init__(self, recipe: Recipe, plan: Plan):
         super().__init__(recipe, plan)

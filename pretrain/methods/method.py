@@ -48,8 +48,9 @@ class Method(nn.Module):
     Parameters: ClassVar[type[BaseModel]] = NoParameters
     """Validates `method.parameters` of the recipe."""
 
-    student: nn.Module
-    teacher: nn.Module
+    # Both are an nn.Module; Any lets a method name its own class.
+    student: Any
+    teacher: Any
     health: Health
 
     def __init__(self, recipe: Recipe, plan: Plan):
