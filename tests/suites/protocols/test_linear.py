@@ -8,6 +8,7 @@ from torch import nn
 
 from pretrain.errors import DinobenchError
 from suites.protocols import linear
+from suites.protocols.knn import rank_of
 from suites.protocols.protocol import Context, Split
 
 MakeSplit = Callable[..., Split]
@@ -125,3 +126,10 @@ def test_collapsed_features_do_not_crash() -> None:
 def test_folds_that_do_not_fit_into_train_are_refused() -> None:
     with pytest.raises(ValueError, match="more than all of train"):
         linear.Parameters(held_out=0.5, num_folds=3)
+
+
+def test_golden_dino_clip_lars_acc_accuracy_counts_like_the_official_one(golden):
+    g = golden("dino_clip_lars_acc")
+    rank = rank_of(torch.from_numpy(g["acc.target"])[:, None], torch.from_numpy(g["acc.logits"]))
+    ours = [100 * (rank < k).double().mean().item() for k in (1, 5)]
+    assert ours == pytest.approx(g["acc.top1_top5"].tolist(), abs=1e-6)
