@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.errors import UsageError
+from pretrain.models.last_block import cls_of, reads_cls_only
 
 Rule = Literal["timm", "dino"]
 
@@ -38,6 +39,16 @@ class PositionalViT(VisionTransformer):
         patch_height, patch_width = self.patch_embed.patch_size
         patches = self.patch_embed(images[..., : rows * patch_height, : columns * patch_width])
         return self.norm_pre(self.patch_drop(self._pos_embed(patches, square=height == width)))
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """Images [B, 3, H, W] -> pooled features [B, D]."""
+        if not reads_cls_only(self):
+            return super().forward(x)
+        tokens = self.embed(x)
+        *before, last = self.blocks
+        for block in before:
+            tokens = block(tokens)
+        return self.forward_head(self.norm(cls_of(last, tokens)))
 
     def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Images [B, 3, H, W] -> normalised tokens [B, prefix + N, D]; further arguments go to the blocks."""
