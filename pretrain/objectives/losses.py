@@ -18,8 +18,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-MAX_CHUNK_LOGITS = 2**24
-"""Logits held at a time on a CPU: larger blocks fall out of its caches and cost memory, not less time."""
+MAX_CHUNK_LOGITS = 2**22
+"""Logits held at a time on a CPU: 16 MiB stay in its caches, and the allocator keeps blocks under 32 MiB for reuse."""
 MAX_CHUNK_LOGITS_GPU = 2**30
 
 
@@ -70,26 +70,33 @@ class _WeightedLogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, counts: Tensor) -> Tensor:
-        z_low, weight_low = _autocast(z), _autocast(weight)
+        low = torch.get_autocast_dtype(z.device.type) if torch.is_autocast_enabled(z.device.type) else z.dtype
         with torch.autocast(z.device.type, enabled=False):
             total = counts.new_zeros(())
-            dz, dw = torch.empty_like(z), torch.zeros_like(weight)
+            scaled, weight_low = z / temperature, weight.to(low)
+            dz, dw = torch.empty_like(z), torch.empty_like(weight)
             db = torch.zeros_like(bias) if bias is not None else None
             chunk = max(1, (MAX_CHUNK_LOGITS_GPU if z.is_cuda else MAX_CHUNK_LOGITS) // weight.shape[0])
             for start in range(0, len(z), chunk):
                 part = slice(start, start + chunk)
-                logits = (z_low[part] @ weight_low.T).to(weight.dtype).div_(temperature)
+                logits = (scaled[part].to(low) @ weight_low.T).to(weight.dtype)
                 if bias is not None:
                     logits += bias
-                log_sum = logits.logsumexp(1, keepdim=True)
-                total += counts[part] @ log_sum.squeeze(1)
-                soft = logits.sub_(log_sum).exp_().mul_(counts[part, None])
-                soft_low = soft.to(z_low.dtype)
-                dz[part] = (soft_low @ weight_low).to(dz.dtype)
-                dw += soft_low.T @ z_low[part]
+                top = logits.amax(1, keepdim=True)
+                soft = logits.sub_(top).exp_()  # divided by its sum below, in rows of D values instead of K
+                mass = soft.sum(1, keepdim=True)
+                total += counts[part] @ (mass.log() + top).squeeze(1)
+                share = counts[part, None] / mass
+                soft_low, rows = soft.to(low), (scaled[part] * share).to(low)
+                dz[part] = (soft_low @ weight_low).to(dz.dtype) * (share / temperature)
+                if low == dw.dtype:
+                    dw.addmm_(soft.T, rows, beta=float(start > 0))
+                else:
+                    product = soft_low.T @ rows
+                    dw = dw.add_(product) if start else product.to(dw.dtype)
                 if db is not None:
-                    db += soft.sum(0)
-            ctx.save_for_backward(dz.div_(temperature), dw.div_(temperature), db)
+                    db += share.squeeze(1) @ soft
+            ctx.save_for_backward(dz, dw, db)
         return total
 
     @staticmethod
@@ -97,9 +104,3 @@ class _WeightedLogSumExp(torch.autograd.Function):
         dz, dw, db = ctx.saved_tensors
         (grad,) = grads
         return dz * grad, dw * grad, None if db is None else db * grad, None, None
-
-
-def _autocast(tensor: Tensor) -> Tensor:
-    """The tensor in the precision that autocast would give a matrix product; unchanged without autocast."""
-    kind = tensor.device.type
-    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
