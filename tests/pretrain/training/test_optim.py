@@ -48,9 +48,10 @@ def test_golden_dino_clip_lars_acc_lars_follows_the_official_steps(golden):
         torch.testing.assert_close(bias.data, torch.from_numpy(g[f"lars.b{i + 1}"]), rtol=1e-5, atol=1e-6)
 
 
-def _network(**head):
-    """The shape of the golden's tiny network is irrelevant: groups depend on names and dimensions."""
-    kwargs = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
+def _network(names=(), **head):
+    """As deep as the names say; widths are irrelevant, groups depend on names and numbers of dimensions."""
+    depth = 1 + max((int(name.split("blocks.")[1].split(".")[0]) for name in names if "blocks." in name), default=1)
+    kwargs = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": depth, "num_heads": 3}
     model = ModelConfig(name="vit_tiny_patch16_224", kwargs=kwargs)
     return Network(model, HeadConfig(hidden=32, bottleneck=16, num_prototypes=64, **head))
 
@@ -61,7 +62,7 @@ def _network(**head):
 )
 def test_golden_dino_params_groups_hold_the_official_names(golden, head, prefix):
     g = golden("dino_params")
-    network = _network(**head)
+    network = _network(g[f"{prefix}regularized"].tolist(), **head)
     names = {parameter: name for name, parameter in network.named_parameters()}
     decayed, plain = ({names[p] for p in group["params"]} for group in parameter_groups(network))
     assert decayed == set(g[f"{prefix}regularized"].tolist())
@@ -70,7 +71,7 @@ def test_golden_dino_params_groups_hold_the_official_names(golden, head, prefix)
 
 def test_golden_dino_params_state_dict_keys_are_the_official_ones(golden):
     g = golden("dino_params")
-    network = _network()
+    network = _network(g["wrapper_state_dict_keys"].tolist())
     assert set(network.state_dict()) == set(g["wrapper_state_dict_keys"].tolist())
     frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
     assert frozen == set(g["skipped_no_grad"].tolist())

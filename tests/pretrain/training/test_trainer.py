@@ -22,7 +22,6 @@ def _golden_trainer(g):
     size = {"img_size": int(g["img_size"]), "patch_size": int(g["patch_size"])}
     shape = {"embed_dim": int(g["embed_dim"]), "depth": int(g["depth"]), "num_heads": int(g["num_heads"])}
     hidden, bottleneck = (g[f"init.head.mlp.{i}.weight"].shape[0] for i in (0, 4))
-    warmup, final = g["teacher_temp_schedule"][[0, -1]].tolist()
     recipe = Recipe.model_validate(
         {
             "method": {"name": "dino"},
@@ -38,7 +37,6 @@ def _golden_trainer(g):
                 "num_prototypes": int(g["out_dim"]),
                 "train_magnitude": not bool(g["norm_last_layer"]),
             },
-            "target": {"temperature": final, "warmup_temperature": warmup, "warmup_epochs": int(g["epochs"])},
             "optim": {
                 "batch_size": g["globals"].shape[2],
                 "clip": float(g["clip_grad"]),
@@ -50,7 +48,7 @@ def _golden_trainer(g):
     )
     trainer = _float64_trainer(recipe, Plan(int(g["epochs"]), int(g["niter"])))
     trainer.learning_rates, trainer.weight_decays = g["lr_schedule"], g["wd_schedule"]
-    trainer.method._momenta = g["momentum_schedule"]
+    trainer.method._momenta, trainer.method._temperatures = g["momentum_schedule"], g["teacher_temp_schedule"]
     start = {k.removeprefix("init."): torch.from_numpy(v) for k, v in g.items() if k.startswith("init.")}
     for network in (trainer.method.student, trainer.method.teacher):
         network.load_state_dict(start)
