@@ -30,14 +30,15 @@ def show(
 
 
 def describe_run(path: Path) -> dict[str, Any]:
-    """State, last metrics, scores and last checkpoint of a run."""
+    """State, latest value of each metric, scores and last checkpoint of a run."""
     from dinobench.cli.runs import describe
     from dinobench.runs import open_run
 
     run = open_run(path)
     points = run.journal.read()
     facts: dict[str, Any] = {**describe(run), **run.state().model_dump(exclude={"key", "status", "step"})}
-    facts["metrics"] = {"step": points[-1].step, **points[-1].finite()} if points else {}
+    latest = {key: value for point in points for key, value in point.finite().items()}
+    facts["metrics"] = {"step": points[-1].step, **latest} if points else {}
     if run.last_checkpoint.is_file():
         facts["checkpoint"] = describe_checkpoint((run.kept_checkpoints() or [run.last_checkpoint])[-1])
     return facts
