@@ -42,7 +42,9 @@ def serve(uri: str, port: int) -> int:
     """Run the server until it ends or we are told to."""
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
     command += ["--host", HOST, "--port", str(port), "--workers", "1"]
-    environment = {"MLFLOW_DISABLE_TELEMETRY": "true", **os.environ}
+    # The job runner serves MLflow's GenAI judges: eight processes that a page of metrics does not need.
+    settings = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment = {**settings, **os.environ}
     with subprocess.Popen(command, env=environment) as server:
         try:
             return server.wait()
