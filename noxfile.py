@@ -77,9 +77,10 @@ def types(session: nox.Session) -> None:
 
 @nox.session(venv_backend=BACKEND)
 def tests(session: nox.Session) -> None:
-    """The test suite; `-- -m slow` for the long tests, `-- -k golden` for the reference values."""
+    """The test suite on up to 4 cores; `-- -m slow` for the long tests, `-- -k golden` for the reference values."""
     _install_project(session)
-    _python(session, "-m", "pytest", *session.posargs)
+    # Each worker imports torch anew, so more of them cost more than they save.
+    _python(session, "-m", "pytest", "--numprocesses=auto", "--maxprocesses=4", *session.posargs)
 
 
 @nox.session(venv_backend=BACKEND, default=False)
