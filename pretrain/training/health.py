@@ -47,6 +47,14 @@ class Health(nn.Module):
         self.register_buffer("first_bad_step", torch.full((), -1.0))
         self.features = torch.zeros(0)
 
+    def get_extra_state(self) -> dict[str, int]:
+        """The count of suspicious intervals: a resumed run reaches its verdict when the uninterrupted one does."""
+        return dict(self.suspicious)
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Restore what `get_extra_state` gave."""
+        self.suspicious = dict(state)
+
     @torch.no_grad()
     def observe(self, target: Tensor, features: Tensor) -> None:
         """Add one micro-batch: targets [R, K] and the teacher's features [R, D]."""

@@ -64,6 +64,15 @@ def test_no_verdict_on_fewer_intervals_than_patience():
     assert health.verdict(flat) is None, "the count starts anew after a healthy interval"
 
 
+def test_a_restored_health_remembers_suspicious_intervals():
+    first, second = Health(K), Health(K)
+    flat = _metrics(torch.full((ROWS, K), 1 / K))
+    for _ in range(PATIENCE - 1):
+        first.verdict(flat)
+    second.load_state_dict(first.state_dict())
+    assert second.verdict(flat) == "uniform"
+
+
 def test_reading_starts_a_new_interval():
     health = Health(K)
     for value in (1.0, 3.0):
