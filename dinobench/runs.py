@@ -53,6 +53,8 @@ class RunState(BaseModel):
     process: str = ""
     """<host>:<process id> of the last start."""
     note: str = ""
+    mirrored: bool = False
+    """Whether MLflow shows all of it; else the next start of the same command brings it up to date."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class RunFolder:
         file = self.path / "environment.json"
         earlier = read_json(file)["starts"] if file.is_file() else []
         write_json(file, {"starts": [*earlier, environment]})
-        return self.update(status="running", process=_this_process(), note="")
+        return self.update(status="running", process=_this_process(), note="", mirrored=False)
 
     def is_held(self) -> bool:
         """Whether a process works in this folder now; one that we may only read counts as free."""

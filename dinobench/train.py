@@ -81,7 +81,8 @@ def pretrain(recipe: Recipe, request: Request, reporter: Reporter) -> Summary | 
         checkpoints = run.kept_checkpoints()
         settings = Evaluation(output=request.output, device=recipe.runtime.device)
         todo = suites if request.evaluate else []
-        if not job.train and not missing(checkpoints, todo, settings):
+        shown = run.state().mirrored or not recipe.tracking.enabled
+        if not job.train and shown and not missing(checkpoints, todo, settings):
             reporter.say("this recipe is finished here: nothing to train (--new starts another run)")
             results, failures = _evaluate(run, todo, settings, None, lambda text: None)
             return Summary(run, run.state(), False, results, failures)
@@ -160,6 +161,8 @@ class _Session:
                 if job.resume:
                     self.reporter.say(f"resuming at step {first}")
                 self._train(job)
+            elif self.mirror:  # a kill after the training may have left the MLflow run open
+                self.mirror.finish(self.run.state().status)
             draw_figures(self.run)
             if self.run.state().status == "finished":
                 results, failures = _evaluate(self.run, suites, settings, self.mirror, self.reporter.say)
@@ -216,7 +219,7 @@ class _Session:
     def _stop_mirror(self) -> dict[str, str]:
         if self.mirror is None:
             return {}
-        self.mirror.close()
+        self.run.update(mirrored=self.mirror.close())
         return self.mirror.links
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -11,7 +11,7 @@ from dinobench.reporter import Reporter
 from dinobench.runs import find_run
 from dinobench.train import Request, Summary
 from pretrain.errors import CheckFailed, DinobenchError, UsageError
-from pretrain.training.recipe import Recipe, resolve
+from pretrain.training.recipe import Recipe, TrackingConfig, resolve
 
 
 @pytest.fixture
@@ -139,3 +139,35 @@ def test_the_rank_that_decides_shares_its_error_and_its_folder(recipe: Recipe, t
         train._agree(runtime, refuse)
     job = train._Job(tmp_path, train=True, resume=False)
     assert train._agree(runtime, lambda: job) is job
+
+
+def test_a_kill_after_the_training_leaves_no_open_page(
+    fake_loop: Any, pretrain: Any, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirrors: list[Any] = []
+
+    class FakeMirror:
+        links: ClassVar[dict[str, str]] = {}
+
+        def __init__(self, *arguments: Any):
+            self.finished: list[str] = []
+            mirrors.append(self)
+
+        def log(self, point: Any) -> None:
+            pass
+
+        def finish(self, status: str) -> None:
+            self.finished.append(status)
+
+        def close(self) -> bool:
+            return len(mirrors) > 1  # the first start is killed before MLflow has it all
+
+    monkeypatch.setattr(train, "Mirror", FakeMirror)
+    tracked = recipe.model_copy(update={"tracking": TrackingConfig(enabled=True)})
+    assert not pretrain(tracked).state.mirrored
+    second = pretrain(tracked)
+    assert not second.trained
+    assert second.state.mirrored
+    assert mirrors[1].finished == ["finished"]
+    pretrain(tracked)
+    assert len(mirrors) == 2, "nothing is left to bring up to date"
