@@ -62,9 +62,10 @@ class Dino(Method):
         """Teacher probabilities [G, B, K] of the global views."""
         features, z, vectors = self.teacher(views)
         tau = self.teacher_temperature(step)
-        logits = z.flatten(0, 1) @ vectors.T
-        target = self.target(logits, tau, self.teacher.head.log_normaliser(tau, vectors))
-        self.health.observe(target, features.flatten(0, 1))
+        normaliser = self.teacher.head.log_normaliser(tau, vectors)
+        logits = self.target.centred(z.flatten(0, 1) @ vectors.T, tau, normaliser)
+        target = logits.softmax(-1)
+        self.health.observe(target, logits, features.flatten(0, 1))
         return target.unflatten(0, z.shape[:2])
 
     def before_update(self, step: int) -> None:

@@ -59,15 +59,20 @@ class Target(nn.Module):
     @torch.no_grad()
     def forward(self, logits: Tensor, temperature: float, log_normaliser: Tensor | None = None) -> Tensor:
         """Untempered teacher logits [R, K] -> probabilities [R, K]; remembers what `update` needs."""
+        return self.centred(logits, temperature, log_normaliser).softmax(-1)
+
+    @torch.no_grad()
+    def centred(self, logits: Tensor, temperature: float, log_normaliser: Tensor | None = None) -> Tensor:
+        """The argument of the softmax, [R, K]: tempered, normalised, centred; remembers what `update` needs."""
         logits = logits.to(self.center.dtype)
         tempered = logits / temperature if log_normaliser is None else logits / temperature + log_normaliser
+        if self.centring == "none":
+            return tempered
         if self.centring == "logit":
             self._remember(logits.sum(0), len(logits))
-            return torch.softmax(tempered - self.center / temperature, dim=-1)
-        if self.centring == "none":
-            return torch.softmax(tempered, dim=-1)
+            return tempered.sub_(self.center / temperature)
         self._remember(torch.log_softmax(tempered, dim=-1).logsumexp(0), len(logits))
-        return torch.softmax(tempered - self.center, dim=-1)
+        return tempered.sub_(self.center)
 
     @torch.no_grad()
     def update(self) -> None:

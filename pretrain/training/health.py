@@ -56,12 +56,16 @@ class Health(nn.Module):
         self.suspicious = dict(state)
 
     @torch.no_grad()
-    def observe(self, target: Tensor, features: Tensor) -> None:
-        """Add one micro-batch: targets [R, K] and the teacher's features [R, D]."""
-        target = target.to(self.usage.dtype)
+    def observe(self, target: Tensor, logits: Tensor, features: Tensor) -> None:
+        """Add one micro-batch: targets [R, K], the logits they are the softmax of, and the teacher's features [R, D].
+
+        The entropy is formed from both, H = LSE(l) - p . l: a logarithm of every p would be the slowest thing here.
+        """
+        best = target.argmax(1, keepdim=True)
+        log_sum = logits.gather(1, best) - target.gather(1, best).log()
+        self.sum_entropy += log_sum.sum() - (target * logits).sum()
         self.sum_target += target.sum(0)
-        self.sum_entropy += torch.special.entr(target).sum()
-        self.usage.scatter_add_(0, target.argmax(1), torch.ones_like(target[:, 0]))
+        self.usage.scatter_add_(0, best.squeeze(1), torch.ones_like(self.usage[:1]).expand(len(target)))
         self.rows += len(target)
         self.features = features.detach()
 

@@ -40,7 +40,8 @@ class Toy(Method):
 
     def loss(self, batch, step):
         features, z, prototypes = self.forward_student(batch.views)
-        self.health.observe((z[0] @ prototypes.T).softmax(-1), features[0])
+        logits = z[0] @ prototypes.T
+        self.health.observe(logits.softmax(-1), logits, features[0])
         return self.weight * (features[0] - features[1]).square().mean(), {}
 
 

@@ -23,7 +23,7 @@ def _sharp(labels):
 
 def _metrics(target, features=None):
     health = Health(K)
-    health.observe(target, _features() if features is None else features)
+    health.observe(target, 3.0 + target.log(), _features() if features is None else features)
     health.observe_loss(torch.tensor(1.0), 0)
     return health.read()
 
@@ -37,6 +37,16 @@ def test_entropies_of_known_targets():
     assert metrics["prototypes/usage_entropy"] == pytest.approx(math.log(K), abs=1e-5)
     assert metrics["loss/kl"] == pytest.approx(1.0, abs=1e-4)
     assert metrics["loss/over_lnK"] == pytest.approx(1 / math.log(K))
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0, 1000.0])
+def test_entropy_from_logits_equals_the_sum_over_probabilities(scale):
+    logits = scale * torch.randn(ROWS, K, generator=torch.Generator().manual_seed(0))
+    target = logits.softmax(1)
+    health = Health(K)
+    health.observe(target, logits, _features())
+    expected = torch.special.entr(target.double()).sum().item()
+    assert health.sum_entropy.item() == pytest.approx(expected, rel=1e-4, abs=1e-4 * scale)
 
 
 @pytest.mark.parametrize(
@@ -76,10 +86,11 @@ def test_a_restored_health_remembers_suspicious_intervals():
 def test_reading_starts_a_new_interval():
     health = Health(K)
     for value in (1.0, 3.0):
-        health.observe(_sharp(torch.arange(ROWS) % K), _features())
+        sharp = _sharp(torch.arange(ROWS) % K)
+        health.observe(sharp, sharp.log(), _features())
         health.observe_loss(torch.tensor(value), 0)
     assert health.read()["loss/total"] == 2.0
-    health.observe(torch.full((ROWS, K), 1 / K), _features())
+    health.observe(torch.full((ROWS, K), 1 / K), torch.zeros(ROWS, K), _features())
     health.observe_loss(torch.tensor(5.0), 1)
     metrics = health.read()
     assert metrics["loss/total"] == 5.0
