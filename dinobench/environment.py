@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
+from pretrain.packages import installed_versions
+
 PACKAGES = ("dinobench", "torch", "torchvision", "timm", "numpy", "faiss-gpu", "faiss-cpu", "scikit-learn", "mlflow")
-
-
-def package_versions() -> dict[str, str]:
-    """Version of each of our packages that is installed."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def code_commit() -> dict[str, Any]:
@@ -42,7 +32,7 @@ def describe(command: str, device: str, time: str, resumed_at: int | None) -> di
         "cpu_count": os.cpu_count(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "packages": package_versions(),
+        "packages": installed_versions(PACKAGES),
         "code": code_commit(),
     }
 

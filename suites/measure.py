@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from pretrain.data.datasets import ImageSet, open_dataset
 from pretrain.errors import DinobenchError, UsageError
 from pretrain.models.checkpoint import LoadedModel
+from pretrain.packages import installed_versions
 from suites.baselines import Setting, measure_baselines
 from suites.cache import FeatureCache
 from suites.features import Features, Precision, Progress, describe_feature, extract, resolve_feature
@@ -187,20 +187,9 @@ def make_receipt(
         "precision": precision,
         "knn_backend": context.backend,
         "features": [{"from_cache": part.from_cache, **part.metadata} for part in features],
-        "packages": package_versions(),
+        "packages": installed_versions(PACKAGES),
         "wall_seconds": round(seconds, 3),
     }
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that can change a score, of those installed."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def _largest(labels: Tensor | None) -> int:

@@ -104,13 +104,9 @@ def check_faiss() -> Check:
 
 def faiss_distributions() -> dict[str, str]:
     """Installed FAISS distributions with their versions."""
-    found = {}
-    for name in FAISS_DISTRIBUTIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    from pretrain.packages import installed_versions
+
+    return installed_versions(FAISS_DISTRIBUTIONS)
 
 
 def check_mlflow(output: Path) -> Check:
