@@ -13,11 +13,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pretrain.data.transforms import EvalTransform
 from pretrain.errors import UsageError, unknown_name
+from pretrain.mapping import read_mapping
 
 DEFINITIONS = Path(__file__).parent / "definitions"
 PROTOCOLS = Path(__file__).parent / "protocols"
@@ -139,14 +139,7 @@ def load_suite(name_or_path: str | Path) -> Suite:
 
 
 def _read(path: Path) -> Suite:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UsageError(f"cannot read the suite definition {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} must hold a suite (name: ..., protocol: ...), found {type(content).__name__}")
+    content = read_mapping(path, kind="suite definition", holds="a suite (name: ..., protocol: ...)")
     for key in content:
         if key not in Suite.model_fields:
             raise unknown_name(f"key in {path.name}", str(key), Suite.model_fields)

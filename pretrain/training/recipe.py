@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from pretrain.data.datasets import DataConfig, dataset_label
 from pretrain.data.views import ViewsConfig
 from pretrain.errors import UsageError, unknown_name
+from pretrain.mapping import read_mapping
 from pretrain.methods import method as methods
 from pretrain.models.backbones import ModelConfig
 from pretrain.models.heads import HeadConfig
@@ -198,15 +199,7 @@ def _choose_preset(preset: str | None, data: str | None) -> str:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UsageError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} must hold sections (key: value), found {type(content).__name__}")
-    return content
+    return read_mapping(path, kind="recipe", holds="sections (key: value)")
 
 
 def _override(text: str) -> dict[str, Any]:
