@@ -129,11 +129,6 @@ def crop_boxes(draw: Draw, sizes: Array) -> tuple[Array, Array, Array, Array]:
     return top, left, height, width
 
 
-def flips(draw: Draw) -> Array:
-    """Whether to flip: bool [V, B]."""
-    return draw["flip"] < draw.config.flip if draw.config.flip else np.zeros(draw.shape, bool)
-
-
 def affine_matrices(draw: Draw, sizes: Array, padded: tuple[int, int]) -> Array:
     """The maps from output to input positions of torchvision's RandomAffine, for `affine_grid`.
 
