@@ -1,8 +1,9 @@
 """Schedules as arrays, one value per step (or per epoch), exactly as the official code computes them.
 
-Source: facebookresearch/dino@7c446df `utils.cosine_scheduler` and `main_dino.DINOLoss`. Three facts that surprise:
-the first warm-up value is exactly `start` (a learning rate of 0 at step 0), the peak occurs twice, and the final
-value is never reached.
+Source: facebookresearch/dino@7c446df `utils.cosine_scheduler` and `main_dino.DINOLoss`; facebookresearch/dinov2@b8931f7
+`CosineScheduler`, which gives the same values. Three facts that surprise: the first warm-up value is exactly `start`
+(a learning rate of 0 at step 0), the peak occurs twice, and the final value is never reached: DINOv2's scheduler gives
+it for steps past the end, which no training here takes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pretrain.errors import UsageError
 
 
 class ScheduleConfig(BaseModel):
-    """How long to train, in epochs of the training set."""
+    """How long to train, in epochs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -24,6 +25,8 @@ class ScheduleConfig(BaseModel):
     """DINO default (main_dino.py); the released ViT-S/16 used 800."""
     warmup_epochs: int = Field(default=10, ge=0)
     """Linear learning-rate warm-up."""
+    steps_per_epoch: int = Field(default=0, ge=0)
+    """0 = one pass over the training set; DINOv2 counts 1250 steps as an epoch whatever the data."""
 
 
 def cosine(
@@ -45,18 +48,23 @@ def cosine(
     return np.concatenate([np.linspace(start, base, warmup), decay])
 
 
-def teacher_temperature(warmup: float, final: float, warmup_epochs: int, epochs: int) -> np.ndarray:
-    """One temperature per epoch: linear over `warmup_epochs` (both ends included), then constant: float64 [epochs].
+def teacher_temperature(
+    warmup: float, final: float, warmup_epochs: int, epochs: int, steps_per_epoch: int = 1
+) -> np.ndarray:
+    """Linear over the warm-up (both ends included), then constant: float64 [epochs * steps_per_epoch].
+
+    DINO and iBOT have one temperature per epoch (`steps_per_epoch=1`), DINOv2 one per step.
 
     Raises:
-        UsageError: the warm-up is longer than the training (the official code fails there with a negative size).
+        UsageError: the warm-up is longer than the training (the official DINO fails there with a negative size).
     """
     if warmup_epochs > epochs:
         raise UsageError(
             f"target.warmup_epochs={warmup_epochs} is longer than the training of {epochs} epochs: "
             "lower it or raise schedule.epochs"
         )
-    return np.concatenate([np.linspace(warmup, final, warmup_epochs), np.full(epochs - warmup_epochs, final)])
+    rising = np.linspace(warmup, final, warmup_epochs * steps_per_epoch)
+    return np.concatenate([rising, np.full((epochs - warmup_epochs) * steps_per_epoch, final)])
 
 
 @dataclasses.dataclass(frozen=True)

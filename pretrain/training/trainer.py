@@ -29,9 +29,8 @@ class Trainer:
         self.method.to(device=runtime.device, dtype=runtime.dtype)
         check_image_sizes(self.method.backbone(), sorted({view.size for view in recipe.views.views}))
         config = recipe.optim
-        groups = optim.parameter_groups(self.method.student, decay_prototypes=config.decay_prototype_norms)
-        self.optimizer = optim.create_optimizer(config, groups)
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.optimizer = optim.create_optimizer(config, optim.parameter_groups(self.method.student, config))
+        self.parameters = optim.submodule_parameters(self.method.student)
         warmup = recipe.schedule.warmup_epochs
         self.learning_rates = schedules.cosine(config.peak_lr, config.min_lr, plan.epochs, plan.steps_per_epoch, warmup)
         self.weight_decays = schedules.cosine(
@@ -61,7 +60,7 @@ class Trainer:
             total += loss.detach() / len(parts)
         self.method.health.observe_loss(total, step)
         self.method.before_update(step)
-        optim.clip_per_tensor(self.parameters, self.recipe.optim.clip)
+        optim.clip(self.parameters, self.recipe.optim.clip, self.recipe.optim.clip_scope)
         self.optimizer.step()
         self.method.after_step(step)
 
@@ -125,9 +124,9 @@ class Trainer:
         return step
 
     def _set_schedules(self, step: int) -> None:
-        decayed, plain = self.optimizer.param_groups
-        decayed["lr"] = plain["lr"] = float(self.learning_rates[step])
-        decayed["weight_decay"] = float(self.weight_decays[step])
+        frozen = self.plan.epoch(step) < self.recipe.optim.freeze_last_layer_epochs
+        lr, weight_decay = float(self.learning_rates[step]), float(self.weight_decays[step])
+        optim.set_rates(self.optimizer, lr, weight_decay, freeze_last_layer=frozen)
 
     def _distribute(self) -> None:
         student: nn.Module = self.method.student
