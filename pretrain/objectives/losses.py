@@ -6,8 +6,11 @@ each student view needs one log-sum-exp and the teacher meets the student in one
     loss = (1/n) [ sum_v c_v LSE(s_v) - sum_g <a_g, m_g>/tau - (V-1) sum_g p_g . b ]
     s_v = z_v W^T / tau + b      m_g = p_g W      a_g = sum_v z_v - z_g      c_v = number of teachers v is paired with
 
+Any other set of pairs C [G, V] of zeros and ones changes a_g, c_v and n only. A masked patch has one target and one
+student vector, so its loss is the same sum with one pair per row.
+
 Shapes: V views (the first G are global), B images, K prototypes, D bottleneck;
-z [V, B, D], W [K, D], b [K], p [G, B, K].
+z [V, B, D], W [K, D], b [K], p [G, B, K]; M masked patches of all crops.
 """
 
 from __future__ import annotations
@@ -28,13 +31,23 @@ class ObjectiveConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    loss: Literal["cross_entropy"] = "cross_entropy"
+    loss: Literal["cross_entropy", "mse"] = "cross_entropy"
+    """Between the class tokens: cross-entropy (DINO eq. 2), or the squared distance of DINO table 7, row MSE."""
+    predictor: bool = False
+    """An MLP in the student only, between projection and normalisation, as in BYOL (DINO table 7, row + predictor)."""
+    image_weight: float = Field(default=1.0, ge=0)
+    """Weight of the loss between class tokens beside a loss between patches (iBOT's lambda_1)."""
     student_temperature: float = Field(default=0.1, gt=0)
     """tau_s (DINO section 3.2)."""
 
 
 def multi_view_cross_entropy(
-    student: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: float
+    student: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    temperature: float,
+    pairs: Tensor | None = None,
 ) -> Tensor:
     """Mean over pairs and images of the cross-entropy of `target` against the student's logits; a scalar.
 
@@ -44,21 +57,80 @@ def multi_view_cross_entropy(
         bias: log-normalisers [K] at the student's temperature, or None.
         target: teacher probabilities [G, B, K]; every row sums to one and carries no gradient.
         temperature: tau_s.
+        pairs: [G, V] of zeros and ones, which pairs count; by default all but those of a view with itself (g = v).
     """
     num_views, batch, dim = student.shape
     num_teachers = target.shape[0]
-    # A global view is paired with every teacher view but its own, a local one with all of them.
-    paired = torch.full((num_views, 1), float(num_teachers), device=student.device, dtype=weight.dtype)
-    paired[:num_teachers] -= 1
+    if pairs is None:
+        # A global view is paired with every teacher view but its own, a local one with all of them.
+        views_each, count = float(num_views - 1), num_teachers * (num_views - 1)
+        paired = torch.full((num_views, 1), float(num_teachers), device=student.device, dtype=weight.dtype)
+        paired[:num_teachers] -= 1
+        partners = student.sum(0) - student[:num_teachers]  # a_g
+    else:
+        pairs = pairs.to(weight.dtype)
+        views_each, count = pairs.sum(1, keepdim=True), pairs.sum()
+        paired = pairs.sum(0)[:, None]
+        partners = (pairs[..., None, None] * student).sum(1)
     log_sum = _WeightedLogSumExp.apply(
         student.reshape(-1, dim), weight, bias, temperature, paired.expand(-1, batch).reshape(-1)
     )
     expected = (target.to(weight.dtype).flatten(0, 1) @ weight).view(num_teachers, batch, dim)  # m_g
-    partners = student.sum(0) - student[:num_teachers]  # a_g
     agreement = (partners * expected).sum() / temperature
     if bias is not None:
-        agreement = agreement + (num_views - 1) * (target.sum((0, 1)).to(bias.dtype) @ bias)
-    return (log_sum - agreement) / (num_teachers * (num_views - 1) * batch)
+        agreement = agreement + ((views_each * target.sum(1)).sum(0) * bias).sum()
+    return (log_sum - agreement) / (count * batch)
+
+
+def masked_cross_entropy(
+    student: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    temperature: float,
+    row_weight: Tensor,
+    num_crops: int,
+) -> Tensor:
+    """-(1 / num_crops) sum_m w_m p_m . log q_m over the masked patches of all crops (iBOT eq. 2); a scalar.
+
+    With w_m = 1 / (masked patches of m's crop) it is the mean over crops, unmasked ones included, of the mean over a
+    crop's masked patches (iBOT `iBOTLoss`, DINOv2 `iBOTPatchLoss`).
+
+    Args:
+        student: bottleneck outputs of the masked patches [M, D]; with M = 0 the loss is a zero with a graph, so that
+            every parameter gets a gradient on every rank.
+        weight: prototypes [K, D].
+        bias: log-normalisers [K] at the student's temperature, or None.
+        target: teacher probabilities of the same patches, unmasked [M, K]; rows sum to one and carry no gradient.
+        temperature: tau_s.
+        row_weight: w_m [M].
+        num_crops: global crops of this rank's batch, masked or not.
+    """
+    row_weight = row_weight.to(weight.dtype)
+    log_sum = _WeightedLogSumExp.apply(student, weight, bias, temperature, row_weight)
+    target = target.to(weight.dtype)
+    agreement = (student * row_weight[:, None] * (target @ weight)).sum() / temperature
+    if bias is not None:
+        with torch.autocast(target.device.type, enabled=False):  # a sum over M rows and K prototypes
+            mass = row_weight @ target
+        agreement = agreement + (mass * bias).sum()
+    return (log_sum - agreement) / num_crops
+
+
+def multi_view_mse(student: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: float) -> Tensor:
+    """Mean over pairs (g != v) and images of sum_k (p_k - q_k)^2 between softmaxes; a scalar.
+
+    The consistency cost of Mean Teacher (Tarvainen & Valpola 2017), DINO table 7 row MSE. Arguments as
+    `multi_view_cross_entropy`. Keeps the student's probabilities [V, B, K] for the backward pass.
+    """
+    logits = (student / temperature) @ weight.T
+    logits = logits.to(weight.dtype) if bias is None else logits + bias
+    student_probabilities = logits.softmax(-1)
+    total = student_probabilities.new_zeros(())
+    for g, probabilities in enumerate(target):
+        distance = (student_probabilities - probabilities).square().sum((1, 2))
+        total = total + distance.sum() - distance[g]
+    return total / (len(target) * (len(student) - 1) * student.shape[1])
 
 
 class _WeightedLogSumExp(torch.autograd.Function):
@@ -74,7 +146,8 @@ class _WeightedLogSumExp(torch.autograd.Function):
         with torch.autocast(z.device.type, enabled=False):
             total = counts.new_zeros(())
             scaled, weight_low = z / temperature, weight.to(low)
-            dz, dw = torch.empty_like(z), torch.empty_like(weight)
+            dz = torch.empty_like(z)
+            dw = torch.empty_like(weight) if len(z) else torch.zeros_like(weight)
             db = torch.zeros_like(bias) if bias is not None else None
             chunk = max(1, (MAX_CHUNK_LOGITS_GPU if z.is_cuda else MAX_CHUNK_LOGITS) // weight.shape[0])
             for start in range(0, len(z), chunk):

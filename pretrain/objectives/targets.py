@@ -1,15 +1,19 @@
 """The teacher's targets: a softmax over K prototypes, centred so that no prototype can take every image.
 
 Notation: z = untempered teacher logits <w_k, y>, l = z / tau_t + log C_p(||w_k|| / tau_t) (log C_p only with vMF
-prototypes), c = centre, m = momentum.
+prototypes), c = centre, m = momentum, r = a row (image or patch), R rows over all ranks.
 
-    logit             p = softmax((z - c) / tau_t + log C_p)   c <- m c + (1 - m) mean_b z       DINO eq. 4
-    prob_logmean_ema  p = softmax(l - c)                       c <- m c + (1 - m) log mean_b softmax(l)     DINO-vMF
-    prob_ema_log      p = softmax(l - c)                       c <- log( m e^c + (1 - m) mean_b softmax(l) )
+    logit             p = softmax((z - c) / tau_t + log C_p)   c <- m c + (1 - m) mean_r z       DINO eq. 4
+    prob_logmean_ema  p = softmax(l - c)                       c <- m c + (1 - m) log mean_r softmax(l)     DINO-vMF
+    prob_ema_log      p = softmax(l - c)                       c <- log( m e^c + (1 - m) mean_r softmax(l) )
+    sinkhorn          p = softmax(l + log u)                   u of this batch alone: u_k v_r e^l_rk has row sums 1
+                                                               and, before the last row step, column sums R / K
+    softmax_batch     sinkhorn with one iteration              DINO table 15: softmax over the batch, then over k
     none              p = softmax(l)
 
 The centre used at a step is the one before that step's batch. The mean probability is formed by log-sum-exp: with
 K = 65536 a plain mean underflows for unused prototypes and log 0 would poison the average for ever.
+Sinkhorn-Knopp keeps no centre: it finds one in the batch (DINOv2 `sinkhorn_knopp_teacher`, SwAV appendix).
 """
 
 from __future__ import annotations
@@ -29,19 +33,26 @@ class TargetConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    centring: Literal["logit", "prob_logmean_ema", "prob_ema_log", "none"] = "logit"
+    centring: Literal["logit", "prob_logmean_ema", "prob_ema_log", "sinkhorn", "softmax_batch", "none"] = "logit"
     momentum: float = Field(default=0.9, ge=0, le=1)
     """m of the centre (DINO: 0.9, fixed in the code)."""
+    iterations: int = Field(default=3, ge=1)
+    """Of Sinkhorn-Knopp, the only rule that reads it (DINOv2: 3, fixed in the code)."""
     temperature: float = Field(default=0.04, gt=0)
     """tau_t after the warm-up; the released ViTs used 0.07."""
     warmup_temperature: float = Field(default=0.04, gt=0)
     """tau_t at step 0; has no effect while warmup_epochs is 0."""
     warmup_epochs: int = Field(default=0, ge=0)
     """Epochs over which tau_t goes linearly from warmup_temperature to temperature."""
+    warmup_unit: Literal["epoch", "step"] = "epoch"
+    """How often tau_t changes during the warm-up: once an epoch (DINO, iBOT) or at every step (DINOv2)."""
 
 
 class Target(nn.Module):
-    """Centres teacher logits and turns them into probabilities; `update` then moves the centre."""
+    """Centres teacher logits and turns them into probabilities; `update` then moves the centre, where one is kept.
+
+    Every rank must make the same calls in the same order, with as many rows as it has, none included.
+    """
 
     center: Tensor
     statistic: Tensor
@@ -49,12 +60,19 @@ class Target(nn.Module):
     def __init__(self, config: TargetConfig, num_prototypes: int):
         super().__init__()
         self.centring, self.momentum = config.centring, config.momentum
+        self.iterations = config.iterations if config.centring == "sinkhorn" else 1
         # The EMA of the mean probability starts at the uniform distribution.
         start = -math.log(num_prototypes) if config.centring == "prob_ema_log" else 0.0
         self.register_buffer("center", torch.full((num_prototypes,), start))
         # Sum over the rows seen since the last update (in the log domain for the prob_ forms), and their number.
-        self.register_buffer("statistic", torch.zeros(num_prototypes), persistent=False)
+        self.empty = -math.inf if config.centring.startswith("prob_") else 0.0
+        self.register_buffer("statistic", torch.full((num_prototypes,), self.empty), persistent=False)
         self.num_rows = 0
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether a centre is kept from one step to the next."""
+        return self.centring in ("logit", "prob_logmean_ema", "prob_ema_log")
 
     @torch.no_grad()
     def forward(self, logits: Tensor, temperature: float, log_normaliser: Tensor | None = None) -> Tensor:
@@ -62,43 +80,100 @@ class Target(nn.Module):
         return self.centred(logits, temperature, log_normaliser).softmax(-1)
 
     @torch.no_grad()
-    def centred(self, logits: Tensor, temperature: float, log_normaliser: Tensor | None = None) -> Tensor:
-        """The argument of the softmax, [R, K]: tempered, normalised, centred; remembers what `update` needs."""
-        logits = logits.to(self.center.dtype)
+    def centred(
+        self, logits: Tensor, temperature: float, log_normaliser: Tensor | None = None, *, remember: bool = True
+    ) -> Tensor:
+        """The argument of the softmax, [R, K]: tempered, normalised, centred.
+
+        Remembers what `update` needs, unless `remember` is False: then the rows do not enter the centre (iBOT's
+        masked patches, whose centre is fed by `remember_mean`). Sinkhorn-Knopp balances the rows of one call.
+        """
+        logits = logits.to(torch.promote_types(logits.dtype, self.center.dtype))
         tempered = logits / temperature if log_normaliser is None else logits / temperature + log_normaliser
         if self.centring == "none":
             return tempered
+        if self.centring in ("sinkhorn", "softmax_batch"):
+            return tempered.add_(sinkhorn_potentials(tempered, self.iterations))
         if self.centring == "logit":
-            self._remember(logits.sum(0), len(logits))
+            if remember:
+                self._remember(logits.sum(0), len(logits))
             return tempered.sub_(self.center / temperature)
-        self._remember(torch.log_softmax(tempered, dim=-1).logsumexp(0), len(logits))
+        if remember:
+            self._remember(torch.log_softmax(tempered, dim=-1).logsumexp(0), len(logits))
         return tempered.sub_(self.center)
 
     @torch.no_grad()
+    def remember_mean(self, mean_logits: Tensor, num_rows: int) -> None:
+        """Let `num_rows` rows with mean untempered logits [K] enter the centre without forming their logits.
+
+        The mean of logits is the mean bottleneck output times the prototypes, so the centre over all patches (iBOT)
+        costs one row. Nothing happens where no centre is kept.
+
+        Raises:
+            ValueError: with a prob_ centring, whose mean probability does not follow from the mean of the logits.
+        """
+        if self.centring.startswith("prob_"):
+            raise ValueError(
+                f"target.centring={self.centring} averages probabilities, which the mean of the logits does not give: "
+                "pass the rows themselves to `centred`"
+            )
+        if self.has_memory:
+            self._remember(mean_logits * num_rows if num_rows else torch.zeros_like(mean_logits), num_rows)
+
+    @torch.no_grad()
     def update(self) -> None:
-        """Move the centre by all rows seen since the last call, over all ranks."""
-        if self.num_rows == 0:
+        """Move the centre by all rows seen since the last call, over all ranks; with no row anywhere it stays."""
+        if not self.has_memory:
             return
-        rows = self.num_rows * runtime.world_size()
-        m = self.momentum
+        m, count = self.momentum, torch.full_like(self.statistic[:1], self.num_rows)
         if self.centring == "logit":
-            mean = runtime.all_reduce_sum(self.statistic) / rows
-            self.center.mul_(m).add_(mean, alpha=1 - m)
+            total = runtime.all_reduce_sum(torch.cat([self.statistic, count]))
+            mean, seen = total[:-1] / total[-1], total[-1] > 0
+            new = m * self.center + (1 - m) * mean
         else:
-            log_mean = runtime.all_reduce_logsumexp(self.statistic) - math.log(rows)
+            log_total = runtime.all_reduce_logsumexp(torch.cat([self.statistic, count.log()]))
+            log_mean, seen = log_total[:-1] - log_total[-1], log_total[-1] > -math.inf
             if self.centring == "prob_logmean_ema":
-                self.center.mul_(m).add_(log_mean, alpha=1 - m)
+                new = m * self.center + (1 - m) * log_mean
             else:
                 old = self.center + (math.log(m) if m > 0 else -math.inf)
-                new = log_mean + (math.log(1 - m) if m < 1 else -math.inf)
-                self.center.copy_(torch.logaddexp(old, new))
+                new = torch.logaddexp(old, log_mean + (math.log(1 - m) if m < 1 else -math.inf))
+        self.center.copy_(torch.where(seen, new, self.center))
+        self.statistic.fill_(self.empty)
         self.num_rows = 0
 
     def _remember(self, statistic: Tensor, num_rows: int) -> None:
-        if self.num_rows == 0:
-            self.statistic.copy_(statistic)
-        elif self.centring == "logit":
+        if self.centring == "logit":
             self.statistic.add_(statistic)
         else:
             self.statistic.copy_(torch.logaddexp(self.statistic, statistic))
         self.num_rows += num_rows
+
+
+@torch.no_grad()
+def sinkhorn_potentials(logits: Tensor, iterations: int) -> Tensor:
+    """log u [K] such that softmax(logits + log u) is Sinkhorn-Knopp's answer for the rows of all ranks.
+
+    Args:
+        logits: tempered logits [R, K] of this rank; R may differ between ranks and be 0.
+        iterations: column step (each prototype 1/K of the mass) then row step (each sample sums to one), repeated.
+
+    The matrix is scaled by vectors, Q_rk = u_k e^l_rk v_r, two products a step, instead of being rewritten. Constant
+    factors (K, R) cancel in the softmax; so does the row maximum, taken out of the exponential so that no row
+    underflows (the official code takes out nothing and overflows for l > 88). A prototype no sample comes near has a
+    column sum of 0 (official: NaN); it is raised to the smallest normal number, and its targets stay close to 0.
+    """
+    # Autocast would round the products to bfloat16.
+    with torch.autocast(logits.device.type, enabled=False):
+        row_top = logits.amax(1)
+        top = runtime.all_reduce_max(torch.cat([row_top, row_top.new_full((1,), -math.inf)]).amax(0))
+        kernel = (logits - row_top[:, None]).exp_()
+        tiny = torch.finfo(kernel.dtype).tiny
+
+        def column_step(v: Tensor) -> Tensor:
+            return runtime.all_reduce_sum(v @ kernel).clamp_min(tiny).reciprocal()
+
+        u = column_step((row_top - top).exp_())
+        for _ in range(iterations - 1):  # the last row step is the softmax
+            u = column_step((kernel @ u).clamp_min(tiny).reciprocal())
+    return u.log()

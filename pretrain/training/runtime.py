@@ -109,12 +109,20 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return total
 
 
-def all_reduce_logsumexp(tensor: Tensor) -> Tensor:
-    """log sum over ranks of exp(tensor), element by element, shifted by the maximum."""
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """The maximum of `tensor` over ranks, element by element (the tensor itself when there is one rank)."""
     if world_size() == 1:
         return tensor
     top = tensor.clone()
     dist.all_reduce(top, dist.ReduceOp.MAX)
+    return top
+
+
+def all_reduce_logsumexp(tensor: Tensor) -> Tensor:
+    """log sum over ranks of exp(tensor), element by element, shifted by the maximum."""
+    if world_size() == 1:
+        return tensor
+    top = all_reduce_max(tensor)
     return all_reduce_sum((tensor - top).exp()).log() + top
 
 
