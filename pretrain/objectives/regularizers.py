@@ -133,4 +133,4 @@ def _nearest(rows: Tensor, candidates: Tensor, start: int) -> Tensor:
 
 
 def _full(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(torch.promote_types(x.dtype, torch.float32))
