@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from pretrain.errors import UsageError
+from pretrain.models.attention import Kernel, prepare_attention, set_attention
+
+if TYPE_CHECKING:
+    from pretrain.models.positions import PositionalViT
 
 _VIT_NAMES = {"tiny": "t", "small": "s", "base": "b", "large": "l", "huge": "h", "giant": "g"}
-_SHORT_NAMES = {"resnet18": "rn18", "resnet50": "rn50", "resnet101": "rn101"}
+_SHORT_NAMES = {
+    "resnet18": "rn18",
+    "resnet50": "rn50",
+    "resnet101": "rn101",
+    "swin_tiny_patch4_window7_224": "swint",
+}
 
 
 class ModelConfig(BaseModel):
@@ -31,19 +40,26 @@ class ModelConfig(BaseModel):
     """Arguments of the timm model: img_size, patch_size, embed_dim, depth, num_heads, ..."""
     drop_path: float = Field(default=0.1, ge=0, lt=1)
     """Stochastic depth of the student (official main_dino.py: 0.1); the teacher has none."""
+    drop_path_uniform: bool = False
+    """The same rate in all blocks of a ViT (DINOv2) instead of a linear rise from 0."""
+    drop_path_subset: bool = False
+    """Rates above 0.1 leave samples out of a block's branches instead of computing and dropping them (DINOv2)."""
+    mlp: Literal["timm", "swiglu"] = "timm"
+    """`swiglu` is the gated MLP of DINOv2's ViT-g, for ViTs."""
     pos_interpolation: Literal["timm", "dino"] = "timm"
     """Rule for position embeddings at other sizes; `dino` gives the features of the official code."""
     init: Literal["timm", "dino", "xavier"] = "dino"
     """`dino` and `xavier` are for ViTs; other models keep timm's, as the official code keeps torchvision's."""
-    attention: Literal["auto", "fused", "math"] = "auto"
-    """`auto` is fused but for bfloat16 on a CPU, where the fused kernel's backward is 2.5 times slower than plain."""
+    attention: Kernel = "auto"
+    """`auto` is fused but for bfloat16 on a CPU."""
 
     @property
     def label(self) -> str:
         """Short name for run folders and tables: vits16, rn50, vit-d64l3p4 (width, layers, patch)."""
         match = re.fullmatch(r"vit_(tiny|small|base|large|huge|giant)_patch(\d+)_\d+", self.name)
         if match is None:
-            return _SHORT_NAMES.get(self.name, self.name.split(".")[0].replace("_", "-"))
+            name = self.name.split(".")[0]
+            return _SHORT_NAMES.get(name, name.replace("_", "-"))
         size, patch = match.groups()
         patch = self.kwargs.get("patch_size", patch)
         if not {"embed_dim", "depth"} & self.kwargs.keys():
@@ -58,7 +74,7 @@ def create_backbone(config: ModelConfig, *, drop_path: float = 0.0) -> nn.Module
 
     Args:
         config: name, arguments and switches.
-        drop_path: stochastic depth rate, rising linearly from 0 over the blocks (student only).
+        drop_path: stochastic depth rate (student only), rising linearly from 0 over the blocks unless uniform.
 
     Raises:
         UsageError: unknown name, or arguments the model does not take.
@@ -66,6 +82,7 @@ def create_backbone(config: ModelConfig, *, drop_path: float = 0.0) -> nn.Module
     # Imported here: timm takes seconds to import and reading a recipe does not need it.
     from timm.models.vision_transformer import VisionTransformer
 
+    from pretrain.models.drop_path import set_drop_path
     from pretrain.models.positions import PositionalViT
 
     backbone = _create_timm(config, drop_path)
@@ -78,12 +95,13 @@ def create_backbone(config: ModelConfig, *, drop_path: float = 0.0) -> nn.Module
         raise UsageError(
             f"model.pos_interpolation=dino needs a plain ViT with learned positions, found {config.name}: use timm"
         )
+    if drop_path and (config.drop_path_uniform or config.drop_path_subset):
+        if not isinstance(backbone, PositionalViT):
+            raise UsageError(f"model.drop_path_uniform and drop_path_subset need a plain ViT, found {config.name}")
+        set_drop_path(backbone, drop_path, uniform=config.drop_path_uniform, subset=config.drop_path_subset)
     if isinstance(backbone, VisionTransformer) and config.init != "timm":
         _init_vit(backbone, config.init)
-    if config.attention == "auto":
-        backbone.register_forward_pre_hook(_choose_attention)
-    else:
-        _set_fused(backbone, config.attention == "fused")
+    set_attention(backbone, config.attention)
     return backbone
 
 
@@ -114,7 +132,7 @@ def last_tokens(backbone: nn.Module, x: Tensor, n: int = 1) -> list[tuple[Tensor
         if n > 1:
             raise UsageError(f"features of the last {n} blocks need a ViT, found {type(backbone).__name__}: use 1")
         return [(backbone(x), None)]
-    _prepare_attention(backbone, x)
+    prepare_attention(backbone, x)
     vit: Any = backbone
     tokens, outputs = _embed(vit, x), []
     for block in vit.blocks:
@@ -123,11 +141,48 @@ def last_tokens(backbone: nn.Module, x: Tensor, n: int = 1) -> list[tuple[Tensor
     return [_split(vit, vit.norm(tokens)) for tokens in outputs]
 
 
+def masked_tokens(backbone: nn.Module, x: Tensor, mask: Tensor | None, mask_token: Tensor | None) -> Tensor:
+    """All tokens after the final norm, [B, prefix + N, D]; the patches under the mask are hidden from the backbone.
+
+    Args:
+        backbone: a ViT.
+        x: images [B, 3, H, W].
+        mask: bool [B, N], patches replaced by `mask_token` before their positions are added; None hides nothing.
+        mask_token: [1, D].
+
+    Raises:
+        UsageError: the backbone has no patch tokens.
+    """
+    vit = _positional(backbone)
+    prepare_attention(backbone, x)
+    return vit.forward_tokens(x, mask, mask_token)
+
+
+def kept_features(backbone: nn.Module, x: Tensor, keep: Tensor) -> Tensor:
+    """Pooled features [B, D] of images [B, 3, H, W] that have lost all patches but `keep`, int64 [B, n] (MSN).
+
+    Raises:
+        UsageError: the backbone has no patch tokens.
+    """
+    vit = _positional(backbone)
+    prepare_attention(backbone, x)
+    return vit.forward_kept(x, keep)
+
+
+def patch_grid(backbone: nn.Module, side: int) -> tuple[int, int]:
+    """Rows and columns of patches of a square image, its side in pixels.
+
+    Raises:
+        UsageError: the backbone has no patch tokens, or does not take this size.
+    """
+    return _positional(backbone).grid(side, side)
+
+
 def last_self_attention(backbone: nn.Module, x: Tensor) -> Tensor:
     """Softmaxed attention of the last block, [B, heads, 1 + N, 1 + N] (official `get_last_selfattention`)."""
     if not has_patch_tokens(backbone):
         raise UsageError(f"attention maps need a ViT, found {type(backbone).__name__}")
-    _prepare_attention(backbone, x)
+    prepare_attention(backbone, x)
     vit: Any = backbone
     tokens = _embed(vit, x)
     *before, last = vit.blocks
@@ -170,18 +225,25 @@ def _create_timm(config: ModelConfig, drop_path: float) -> nn.Module:
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise UsageError(f"unknown model {name!r}: {hint}Any timm model with pooled features works")
+    required = dict(config.kwargs)
+    if config.mlp == "swiglu":
+        from pretrain.models.swiglu import SwiGLU
+
+        required["mlp_layer"] = SwiGLU
     # What a model takes varies; these are left out where it does not take them.
     optional = {"dynamic_img_size": True, "drop_path_rate": drop_path}
     for key in config.kwargs:
         optional.pop(key, None)
     while True:
         try:
-            return timm.create_model(name, pretrained=False, num_classes=0, **config.kwargs, **optional)
+            return timm.create_model(name, pretrained=False, num_classes=0, **required, **optional)
         except (TypeError, AssertionError, ValueError) as error:
             refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             key = refused.group(1) if refused else ""
             if key == "drop_path_rate" and drop_path:
                 raise UsageError(f"{name} has no stochastic depth: set model.drop_path=0") from error
+            if key == "mlp_layer" and key not in config.kwargs:
+                raise UsageError(f"{name} has no MLP that could be replaced: set model.mlp=timm") from error
             if key not in optional:
                 raise UsageError(f"{name} cannot be built with model.kwargs={config.kwargs}: {error}") from error
             del optional[key]
@@ -218,32 +280,18 @@ def _embed(vit: Any, x: Tensor) -> Tensor:
     return vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x))))
 
 
+def _positional(backbone: nn.Module) -> PositionalViT:
+    from pretrain.models.positions import PositionalViT
+
+    if not isinstance(backbone, PositionalViT):
+        raise UsageError(
+            f"hiding patches needs a plain ViT, found {type(backbone).__name__}: patch losses do not work with it; "
+            "choose a ViT or set patch.weight=0"
+        )
+    return backbone
+
+
 def _split(vit: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens [B, prefix + N, D] -> CLS (or pooled patches, for a ViT without CLS) [B, D], patches [B, N, D]."""
     patches = tokens[:, vit.num_prefix_tokens :]
     return (tokens[:, 0] if vit.has_class_token else patches.mean(1)), patches
-
-
-def _set_fused(backbone: nn.Module, fused: bool) -> None:
-    for module in backbone.modules():
-        if "fused_attn" in module.__dict__:
-            module.__dict__["fused_attn"] = fused
-
-
-def _choose_attention(backbone: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Forward hook of attention=auto: plain softmax attention for bfloat16 on a CPU, the fused kernel elsewhere."""
-    x = inputs[0]
-    if x.device.type != "cpu":
-        return
-    low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    fused = low != torch.bfloat16
-    if backbone.__dict__.get("_fused", True) != fused:
-        _set_fused(backbone, fused)
-        backbone.__dict__["_fused"] = fused
-
-
-def _prepare_attention(backbone: nn.Module, x: Tensor) -> None:
-    """Run the hook of attention=auto for callers that go through the blocks themselves."""
-    for hook in backbone._forward_pre_hooks.values():
-        if hook is _choose_attention:
-            hook(backbone, (x,))

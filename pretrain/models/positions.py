@@ -13,12 +13,13 @@ The two rules differ in the values (PROTOCOLS: official vision_transformer.py, `
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.errors import UsageError
@@ -28,36 +29,71 @@ Rule = Literal["timm", "dino"]
 
 
 class PositionalViT(VisionTransformer):
-    """timm's VisionTransformer with the rule for its position embedding as a switch. Parameters are the same."""
+    """timm's VisionTransformer with either rule for its positions, and patches masked or dropped. Same parameters."""
 
     pos_interpolation: Rule
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> tokens [B, prefix + N, D] with their positions, before the first block."""
+    def embed(
+        self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None, keep: Tensor | None = None
+    ) -> Tensor:
+        """Images [B, 3, H, W] -> tokens [B, prefix + N, D] with their positions, before the first block.
+
+        Args:
+            images: of one size.
+            mask: bool [B, N], patches replaced by `mask_token` before positions are added (iBOT, DINOv2).
+            mask_token: [1, D].
+            keep: int64 [B, n], the patches that are left, with their positions: tokens [B, prefix + n, D] (MSN).
+        """
         height, width = images.shape[-2:]
-        rows, columns = self._grid(height, width)
+        rows, columns = self.grid(height, width)
         patch_height, patch_width = self.patch_embed.patch_size
         patches = self.patch_embed(images[..., : rows * patch_height, : columns * patch_width])
-        return self.norm_pre(self.patch_drop(self._pos_embed(patches, square=height == width)))
+        if mask is not None:
+            assert mask_token is not None, "a mask needs the token that replaces the masked patches"
+            patches = torch.where(mask.view(-1, rows, columns, 1), mask_token.to(patches.dtype), patches)
+        tokens = self._pos_embed(patches, square=height == width)
+        if keep is not None:
+            prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
+            index = keep.unsqueeze(-1).expand(-1, -1, patches.shape[-1])
+            tokens = torch.cat([prefix, patches.gather(1, index)], dim=1)
+        return self.norm_pre(self.patch_drop(tokens))
 
-    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """Images [B, 3, H, W] -> pooled features [B, D]."""
-        if not reads_cls_only(self):
-            return super().forward(x)
-        tokens = self.embed(x)
-        *before, last = self.blocks
-        for block in before:
-            tokens = block(tokens)
-        return self.forward_head(self.norm(cls_of(last, tokens)))
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Images [B, 3, H, W] -> pooled features [B, D]; further arguments go to the blocks."""
+        if args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        return self._pooled(self.embed(x))
+
+    def forward_kept(self, x: Tensor, keep: Tensor) -> Tensor:
+        """Images [B, 3, H, W], patches to keep int64 [B, n] -> pooled features [B, D] of these patches."""
+        return self._pooled(self.embed(x, keep=keep))
+
+    def forward_tokens(self, x: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None) -> Tensor:
+        """Images [B, 3, H, W], mask bool [B, N], mask token [1, D] -> normalised tokens [B, prefix + N, D]."""
+        return self.norm(self._through(self.blocks, self.embed(x, mask, mask_token)))
 
     def forward_features(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Images [B, 3, H, W] -> normalised tokens [B, prefix + N, D]; further arguments go to the blocks."""
+        if not (args or kwargs):
+            return self.forward_tokens(x)
         x = self.embed(x)
-        if self.grad_checkpointing and self.training:
-            return self.norm(checkpoint_seq(self.blocks, x))
         for block in self.blocks:
             x = block(x, *args, **kwargs)
         return self.norm(x)
+
+    def _pooled(self, tokens: Tensor) -> Tensor:
+        """Tokens before the first block -> pooled features [B, D]."""
+        if not reads_cls_only(self):
+            return self.forward_head(self.norm(self._through(self.blocks, tokens)))
+        *before, last = self.blocks
+        return self.forward_head(self.norm(cls_of(last, self._through(before, tokens))))
+
+    def _through(self, blocks: Iterable[nn.Module], tokens: Tensor) -> Tensor:
+        if self.grad_checkpointing and self.training:
+            return checkpoint_seq(tuple(blocks), tokens)
+        for block in blocks:
+            tokens = block(tokens)
+        return tokens
 
     def positions(self, rows: int, columns: int, square: bool) -> Tensor:
         """The position embedding [1, prefix + rows * columns, D] of a grid of patches of an image, square or not."""
@@ -85,7 +121,8 @@ class PositionalViT(VisionTransformer):
         x = torch.cat([*prefix, x + positions], 1) if self.no_embed_class else torch.cat([*prefix, x], 1) + positions
         return self.pos_drop(x)
 
-    def _grid(self, height: int, width: int) -> tuple[int, int]:
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of an image, sides in pixels."""
         check_image_size(self, height)
         check_image_size(self, width)
         patch_height, patch_width = self.patch_embed.patch_size

@@ -216,7 +216,8 @@ def test_image_sizes_are_checked_before_training() -> None:
         ("vit_tiny_patch16_224", {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 3}, "vit-d64l3p4"),
         ("vit_tiny_patch16_224", {"depth": 3}, "vitt-l3p16"),
         ("resnet50", {}, "rn50"),
-        ("swin_tiny_patch4_window7_224.ms_in1k", {}, "swin-tiny-patch4-window7-224"),
+        ("swin_tiny_patch4_window7_224.ms_in1k", {}, "swint"),
+        ("swin_small_patch4_window7_224", {}, "swin-small-patch4-window7-224"),
     ],
 )
 def test_label_is_short(name: str, kwargs: dict[str, Any], label: str) -> None:
