@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from timm.layers import DropPath
 from torch import Tensor
@@ -19,8 +20,11 @@ from pretrain.models.backbones import (
     create_backbone,
     feature_dim,
     has_patch_tokens,
+    kept_features,
     last_self_attention,
     last_tokens,
+    masked_tokens,
+    patch_grid,
 )
 
 Golden = Callable[[str], dict[str, np.ndarray]]
@@ -158,6 +162,49 @@ def test_several_blocks_need_a_vit() -> None:
         last_self_attention(backbone, torch.randn(1, 3, 32, 32))
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda backbone: masked_tokens(backbone, torch.zeros(1, 3, 32, 32), None, None),
+        lambda backbone: kept_features(backbone, torch.zeros(1, 3, 32, 32), torch.zeros(1, 1, dtype=torch.int64)),
+        lambda backbone: patch_grid(backbone, 32),
+    ],
+)
+def test_hiding_patches_needs_a_vit(call: Callable[[torch.nn.Module], object]) -> None:
+    with pytest.raises(UsageError, match="needs a plain ViT, found ResNet: .* set patch.weight=0"):
+        call(create_backbone(ModelConfig(name="resnet18")))
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("swin_tiny_patch4_window7_224", {"embed_dim": 12, "depths": (1, 2, 2, 2), "num_heads": (1, 2, 2, 4)}),
+        ("resnet50", {"layers": (1, 1, 1, 1), "channels": (8, 16, 32, 64)}),
+    ],
+)
+def test_hierarchical_backbones_train_on_crops_of_224_and_96(name: str, kwargs: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(name=name, kwargs=kwargs, pos_interpolation="timm", init="dino")
+    backbone = create_backbone(config, drop_path=0.1).train()
+    check_image_sizes(backbone, [224, 96])
+    features = [backbone(torch.randn(2, 3, side, side)) for side in (224, 96)]
+    assert [f.shape for f in features] == [(2, feature_dim(backbone))] * 2
+    torch.cat(features).square().sum().backward()
+    for parameter_name, parameter in backbone.named_parameters():
+        assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), parameter_name
+
+
+def test_swin_gives_a_full_size_image_the_same_features_whatever_it_saw_before() -> None:
+    kwargs = {"embed_dim": 12, "depths": (2, 2), "num_heads": (1, 2)}
+    backbone = create_backbone(ModelConfig(name="swin_tiny_patch4_window7_224", kwargs=kwargs)).eval()
+    fixed = timm.create_model("swin_tiny_patch4_window7_224", num_classes=0, **kwargs).eval()
+    fixed.load_state_dict(backbone.state_dict())
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        backbone(x[..., :96, :96])
+        torch.testing.assert_close(backbone(x), fixed(x), rtol=1e-4, atol=1e-5)
+
+
 def fused(backbone: Any) -> set[bool]:
     return {block.attn.fused_attn for block in backbone.blocks}
 
@@ -187,6 +234,7 @@ def test_auto_attention_is_plain_for_bfloat16_on_a_cpu() -> None:
         (ModelConfig(name="vit_tiny_patch16_224", kwargs={"widht": 3}), "cannot be built with model.kwargs.*widht"),
         (ModelConfig(name="vit_tiny_patch16_224", kwargs={"num_heads": 5}), "cannot be built"),
         (ModelConfig(name="resnet18", pos_interpolation="dino"), "needs a plain ViT with learned positions"),
+        (ModelConfig(name="resnet18", mlp="swiglu"), "no MLP that could be replaced: set model.mlp=timm"),
     ],
 )
 def test_model_that_cannot_be_built_is_refused(config: ModelConfig, message: str) -> None:

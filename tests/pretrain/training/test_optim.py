@@ -167,8 +167,8 @@ def test_scheduled_values_are_multiplied_in_each_group():
     for frozen, last in ((True, 0.0), (False, 0.1)):
         set_rates(optimizer, 0.1, 0.04, freeze_last_layer=frozen)
         assert rates(network.backbone.pos_embed) == pytest.approx((0.1 / 8, 0.04))
-        assert rates(network.backbone.blocks[1].norm1.bias) == pytest.approx((0.1 / 2, 0.0))
-        assert rates(network.head.mlp[0].weight) == pytest.approx((0.1, 0.04))
+        assert rates(network.backbone.get_parameter("blocks.1.norm1.bias")) == pytest.approx((0.1 / 2, 0.0))
+        assert rates(network.head.get_parameter("mlp.0.weight")) == pytest.approx((0.1, 0.04))
         assert rates(network.head.last_layer.weight_v) == pytest.approx((last, 0.04))
 
 
