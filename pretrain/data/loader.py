@@ -1,4 +1,4 @@
-"""Batches of views, endless, resumable at any step, the same for any number of ranks and workers.
+"""Batches of views and masks, endless, resumable at any step, the same for any number of ranks and workers.
 
 The order of the images is a permutation drawn from (seed, epoch); step s of an epoch takes the s-th slice of it, and
 each rank its part of that slice. The last, incomplete batch of an epoch is dropped, as in the official code.
@@ -6,6 +6,7 @@ each rank its part of that slice. The last, incomplete batch of an epoch is drop
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pretrain.data.images import ImageSet
+from pretrain.data.masks import MaskConfig, Masks, MaskSampler
 from pretrain.data.random_bits import mix_words
 from pretrain.data.views import ViewsConfig
 from pretrain.data.views_batched import BatchedViews
@@ -33,6 +35,8 @@ class Batch:
     index: Tensor
     """Numbers of the images in the set, int64 [B]."""
     epoch: int
+    masks: Masks | None = None
+    """Masked patches of the global views; None where nothing is ever masked."""
 
     def split(self, parts: int) -> list[Batch]:
         """Micro-batches of equal size: the images in order, all views of each."""
@@ -41,7 +45,11 @@ class Batch:
         size = len(self.index) // parts
         pieces = zip(*(view.split(size) for view in self.views), strict=True)
         indices = self.index.split(size)
-        return [Batch(list(views), index, self.epoch) for views, index in zip(pieces, indices, strict=True)]
+        masks = self.masks.split(parts) if self.masks else itertools.repeat(None, len(indices))
+        return [
+            Batch(list(views), index, self.epoch, mask)
+            for views, index, mask in zip(pieces, indices, masks, strict=True)
+        ]
 
 
 def permutation(length: int, seed: int, epoch: int) -> Tensor:
@@ -57,11 +65,13 @@ class Loader:
         images: The set.
         views: The views to make.
         batch_size: Images per step over all ranks.
-        seed: Decides order and views.
+        seed: Decides order, views and masks.
         rank: This process among `world_size`.
         world_size: Number of processes.
         workers: Processes that decode (0: this one). Sets in memory with batched views need none.
         device: Where the views are wanted, and where batched views are computed.
+        masks: How patches of the global views are masked.
+        grid: Rows and columns of patches of a global view; needed with masks.
     """
 
     def __init__(
@@ -75,6 +85,8 @@ class Loader:
         world_size: int = 1,
         workers: int = 0,
         device: torch.device | str = "cpu",
+        masks: MaskConfig | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise UsageError(f"a batch of {batch_size} images cannot be shared by {world_size} processes")
@@ -88,6 +100,10 @@ class Loader:
         self.workers, self.device = workers, torch.device(device)
         self.steps_per_epoch = len(images) // batch_size
         self._order: tuple[int, Tensor] | None = None
+        self._sampler: MaskSampler | None = None
+        if masks is not None and masks.kind != "none":
+            assert grid is not None, "masks need the grid of patches of a global view"
+            self._sampler = MaskSampler(masks, grid, seed)
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """Batches from this step (counted from the start of training) on, without end."""
@@ -110,6 +126,15 @@ class Loader:
         # Pinned memory lets the copy run beside the computation.
         return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(self.device, non_blocking=True)
 
+    def _masks(self, index: Tensor, epoch: int, step: int) -> Masks | None:
+        """The masks of this rank's images. They are drawn on the host, so their number is known without waiting."""
+        if self._sampler is None:
+            return None
+        first = self.rank * len(index)
+        masks = self._sampler(index, epoch, step=step, first=first, batch_size=self.batch_size)
+        mask, places, weight = (self._to_device(tensor) for tensor in (masks.mask, masks.index, masks.weight))
+        return Masks(mask, places, weight, masks.counts)
+
     def _from_memory(self, step: int) -> Iterator[Batch]:
         """The whole set lies on the device; a batch is a gather and the batched views."""
         assert self.images.array is not None
@@ -121,7 +146,8 @@ class Loader:
         while True:
             epoch, index = self.index(step)
             on_device = self._to_device(index)
-            yield Batch(make(array.index_select(0, on_device), None, index, epoch), on_device, epoch)
+            views = make(array.index_select(0, on_device), None, index, epoch)
+            yield Batch(views, on_device, epoch, self._masks(index, epoch, step))
             step += 1
 
     def _from_workers(self, step: int) -> Iterator[Batch]:
@@ -137,13 +163,13 @@ class Loader:
             # Its own generator: a loader takes one number from the global one otherwise.
             generator=torch.Generator(),
         )
-        for (epoch, index), content in loader:
+        for now, ((epoch, index), content) in zip(itertools.count(step), loader, strict=False):
             if pil:
                 views = [self._to_device(view) for view in content]
             else:
                 pixels, sizes = content
                 views = make(self._to_device(pixels), sizes, index, epoch)
-            yield Batch(views, self._to_device(index), epoch)
+            yield Batch(views, self._to_device(index), epoch, self._masks(index, epoch, now))
 
 
 class _Keys:

@@ -3,12 +3,12 @@
 From each image: two global views, then `local` local ones. Order of operations, both backends: [rotation + shear] ->
 random resized crop (bicubic, antialiased) -> flip -> colour jitter in random order -> gray -> blur -> solarize ->
 [noise] -> normalise -> [erase]. Operations whose probability or strength is 0 do not exist: they cost nothing and
-draw nothing.
+draw nothing (but for the blur of `blur_kind: gaussian`).
 
 `pil` (views_pil.py) is the reference: torchvision on PIL images, one image at a time, equal to the official DINO
-augmentation. `batched` (views_batched.py) does the same on a whole batch of tensors on any device. They differ in three
-stated ways: `batched` does not round to 8 bits between operations, its blur is a 9-tap Gaussian (the DINOv2 choice)
-where PIL runs three box filters, and the random numbers come from different generators (same distributions).
+augmentation, and with `blur_kind: gaussian` to DINOv2's. `batched` (views_batched.py) does the same on a whole batch of
+tensors on any device. They differ in three stated ways: `batched` does not round to 8 bits between operations, its blur
+is always DINOv2's 9-tap Gaussian, and the random numbers come from different generators (same distributions).
 """
 
 from __future__ import annotations
@@ -71,7 +71,13 @@ class ViewsConfig(BaseModel):
     gray: float = Field(default=0.2, ge=0, le=1)
     """Probability of dropping the colour."""
     blur: Triple = (1.0, 0.1, 0.5)
-    """Probability of blur in global view 1, global view 2, local views."""
+    """Probability of blur in global view 1, global view 2, local views: with which an image is in fact blurred."""
+    blur_kind: Literal["box", "gaussian"] = "box"
+    """`pil` only. `box`: three box filters (PIL, as DINO and iBOT). `gaussian`: 9 taps (torchvision, as DINOv2).
+
+    DINOv2's released code reads a probability p as 1 - p: it declares (1.0, 0.1, 0.5) and blurs (0.0, 0.9, 0.5). `blur`
+    holds what happens.
+    """
     blur_radius: Range = (0.1, 2.0)
     """Standard deviation of the blur in output pixels, drawn uniformly."""
     solarize: Triple = (0.0, 0.2, 0.0)

@@ -2,6 +2,7 @@
 
 Order of operations, probabilities and use of the random generators are those of facebookresearch/dino 7c446df
 `DataAugmentationDINO`: crop, flip, jitter and gray draw from torch's global generator, blur and solarize from Python's.
+With `blur_kind: gaussian` they are those of facebookresearch/dinov2 b8931f7, whose blur and solarize draw from torch's.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torchvision.transforms import InterpolationMode
 
 from pretrain.data.random_bits import mix_words
 from pretrain.data.views import SOLARIZE_THRESHOLD, View, ViewsConfig
+from pretrain.data.views_batched import BLUR_TAPS
 
 
 class _Blur:
@@ -70,10 +72,7 @@ def view_transform(config: ViewsConfig, view: View) -> Callable[[Image.Image], T
         steps.append(transforms.RandomApply([jitter], config.jitter))
     if config.gray:
         steps.append(transforms.RandomGrayscale(config.gray))
-    if view.blur:
-        steps.append(_Blur(view.blur, config.blur_radius))
-    if view.solarize:
-        steps.append(_Solarize(view.solarize))
+    steps.extend(_blur_and_solarize(config, view))
     steps.append(transforms.ToTensor())
     if config.noise:
         steps.append(_Noise(config.noise))
@@ -81,6 +80,18 @@ def view_transform(config: ViewsConfig, view: View) -> Callable[[Image.Image], T
     if config.erase:
         steps.append(transforms.RandomErasing(config.erase))
     return transforms.Compose(steps)
+
+
+def _blur_and_solarize(config: ViewsConfig, view: View) -> list[Any]:
+    """The two operations as DINO (`box`) or DINOv2 (`gaussian`) does them."""
+    if config.blur_kind == "box":
+        blur: list[Any] = [_Blur(view.blur, config.blur_radius)] if view.blur else []
+        solarize: list[Any] = [_Solarize(view.solarize)] if view.solarize else []
+        return blur + solarize
+    # At probability 0 DINOv2 draws a number too: it blurs no first view, and the second one's draws come after.
+    blur = [transforms.RandomApply([transforms.GaussianBlur(BLUR_TAPS, config.blur_radius)], view.blur)]
+    solarize = [transforms.RandomSolarize(SOLARIZE_THRESHOLD, view.solarize)] if view.solarize else []
+    return blur + solarize
 
 
 class PilViews:

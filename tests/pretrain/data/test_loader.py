@@ -10,10 +10,18 @@ from PIL import Image
 from pretrain.data.datasets import open_dataset
 from pretrain.data.images import ImageSet
 from pretrain.data.loader import Batch, Loader
+from pretrain.data.masks import MaskConfig, Masks
 from pretrain.data.views import ViewsConfig
 from pretrain.errors import UsageError
 
 BACKENDS = ("batched", "pil")
+MASKS = {
+    "block": MaskConfig(kind="block"),
+    "random": MaskConfig(kind="random"),
+    "dinov2": MaskConfig(kind="dinov2", ratio=(0.1, 0.5)),
+    "fixed": MaskConfig(kind="fixed", ratio=(0.15,), views=(1,)),
+}
+GRID = (8, 8)
 
 
 def views(backend: str) -> ViewsConfig:
@@ -44,6 +52,15 @@ def same(a: Batch, b: Batch) -> None:
     assert a.epoch == b.epoch and torch.equal(a.index, b.index)
     for x, y in zip(a.views, b.views, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=5e-5)  # the padding of a batch changes the rounding
+    same_masks(a.masks, b.masks)
+
+
+def same_masks(a: Masks | None, b: Masks | None) -> None:
+    if a is None or b is None:
+        assert a is b
+        return
+    for name in ("mask", "index", "weight", "counts"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
 
 
 def images_of(request: pytest.FixtureRequest, kind: str) -> ImageSet:
@@ -141,12 +158,65 @@ def test_images_that_break_during_training_do_not_stop_it(
     assert caplog.text.count("04.png") == 1
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["digits", "files"])
+def test_batches_carry_the_masks_of_their_images(request: pytest.FixtureRequest, kind: str, backend: str) -> None:
+    def loader(**more: object) -> Loader:
+        return Loader(images_of(request, kind).subset(range(11)), views(backend), batch_size=4, seed=0, **more)
+
+    batches = take(loader(masks=MASKS["block"], grid=GRID), 5)
+    found = [batch.masks.mask for batch in batches if batch.masks is not None]
+    assert [tuple(mask.shape) for mask in found] == [(2, 4, 64)] * 5 and torch.stack(found).any()
+    for none in (loader(), loader(masks=MaskConfig(), grid=GRID)):
+        plain = next(none.batches())
+        assert plain.masks is None and all(map(torch.equal, plain.views, batches[0].views))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rule", MASKS)
+def test_workers_and_resuming_do_not_change_the_masks(files: ImageSet, rule: str, backend: str) -> None:
+    def loader(workers: int = 0) -> Loader:
+        return Loader(files, views(backend), batch_size=4, seed=1, workers=workers, masks=MASKS[rule], grid=GRID)
+
+    whole = take(loader(), 5)
+    for start, workers in ((0, 1), (3, 0)):
+        for expected, batch in zip(whole[start:], take(loader(workers), 5 - start, start), strict=True):
+            same(expected, batch)
+
+
+@pytest.mark.parametrize("rule", MASKS)
+def test_two_ranks_see_the_masks_that_one_sees(digits: ImageSet, rule: str) -> None:
+    def masks(rank: int = 0, world_size: int = 1) -> list[Masks]:
+        loader = Loader(
+            digits, views("batched"), batch_size=8, seed=2, rank=rank, world_size=world_size,
+            masks=MASKS[rule], grid=GRID,
+        )  # fmt: skip
+        return [batch.masks for batch in take(loader, 8) if batch.masks is not None]
+
+    for whole, *parts in zip(masks(), masks(0, 2), masks(1, 2), strict=True):
+        same_masks(whole, Masks.of(torch.cat([part.mask for part in parts], 1)))
+
+
+def test_micro_batches_carry_the_views_and_masks_of_their_images(digits: ImageSet) -> None:
+    loader = Loader(digits, views("batched"), batch_size=6, seed=0, masks=MASKS["dinov2"], grid=GRID)
+    batch = next(loader.batches())
+    for part, rows in zip(batch.split(3), torch.arange(6).split(2), strict=True):
+        assert batch.masks is not None
+        expected = [view[rows] for view in batch.views]
+        same(part, Batch(expected, batch.index[rows], batch.epoch, Masks.of(batch.masks.mask[:, rows])))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_batches_lie_on_the_device(files: ImageSet, digits: ImageSet, backend: str) -> None:
     for images in (files, digits):
-        here = take(Loader(images, views(backend), batch_size=4, seed=0), 2)
-        there = take(Loader(images, views(backend), batch_size=4, seed=0, device="cuda"), 2)
+        masks = MaskConfig(kind="block", start_epoch=1)
+        here = take(Loader(images, views(backend), batch_size=11, seed=0, masks=masks, grid=GRID), 6)
+        there = take(Loader(images, views(backend), batch_size=11, seed=0, device="cuda", masks=masks, grid=GRID), 6)
         for a, b in zip(here, there, strict=True):
+            assert a.masks is not None and b.masks is not None
+            on_host = Masks(b.masks.mask.cpu(), b.masks.index.cpu(), b.masks.weight.cpu(), b.masks.counts)
+            same_masks(a.masks, on_host)
+            assert b.masks.mask.is_cuda and b.masks.index.is_cuda and b.masks.weight.is_cuda
             assert all(view.is_cuda for view in b.views) and torch.equal(a.index, b.index.cpu())
             assert all((x - y.cpu()).abs().median() < 1e-3 for x, y in zip(a.views, b.views, strict=True))

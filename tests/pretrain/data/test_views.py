@@ -27,6 +27,7 @@ def test_views_come_in_the_order_global_1_global_2_locals() -> None:
         {"std": (0.0, 1.0, 1.0)},
         {"blurr": (1.0, 1.0, 1.0)},
         {"backend": "kornia"},
+        {"blur_kind": "median"},
     ],
 )
 def test_impossible_values_are_refused(wrong: dict[str, object]) -> None:
