@@ -45,7 +45,7 @@ class ModelConfig(BaseModel):
     drop_path_subset: bool = False
     """Rates above 0.1 leave samples out of a block's branches instead of computing and dropping them (DINOv2)."""
     mlp: Literal["timm", "swiglu"] = "timm"
-    """`swiglu` is the gated MLP of DINOv2's ViT-g, for ViTs."""
+    """`swiglu` is the gated MLP of DINOv2's ViT-g, for ViTs, instead of an MLP of ratio 4 (or kwargs.mlp_ratio)."""
     pos_interpolation: Literal["timm", "dino"] = "timm"
     """Rule for position embeddings at other sizes; `dino` gives the features of the official code."""
     init: Literal["timm", "dino", "xavier"] = "dino"
@@ -229,7 +229,8 @@ def _create_timm(config: ModelConfig, drop_path: float) -> nn.Module:
     if config.mlp == "swiglu":
         from pretrain.models.swiglu import SwiGLU
 
-        required["mlp_layer"] = SwiGLU
+        # timm's DINOv2 ViT-g brings the ratio of its own SwiGLU, which would be reduced a second time.
+        required = {"mlp_ratio": 4.0, **required, "mlp_layer": SwiGLU}
     # What a model takes varies; these are left out where it does not take them.
     optional = {"dynamic_img_size": True, "drop_path_rate": drop_path}
     for key in config.kwargs:
@@ -242,7 +243,7 @@ def _create_timm(config: ModelConfig, drop_path: float) -> nn.Module:
             key = refused.group(1) if refused else ""
             if key == "drop_path_rate" and drop_path:
                 raise UsageError(f"{name} has no stochastic depth: set model.drop_path=0") from error
-            if key == "mlp_layer" and key not in config.kwargs:
+            if key in ("mlp_layer", "mlp_ratio") and key not in config.kwargs:
                 raise UsageError(f"{name} has no MLP that could be replaced: set model.mlp=timm") from error
             if key not in optional:
                 raise UsageError(f"{name} cannot be built with model.kwargs={config.kwargs}: {error}") from error

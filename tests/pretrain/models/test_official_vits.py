@@ -128,6 +128,14 @@ def test_golden_dinov2_params_widths_of_swiglu(golden: Golden) -> None:
         assert mlp.fc2.weight.shape == (dim, width)
 
 
+def test_swiglu_of_dinov2_vit_g_is_that_of_timm() -> None:
+    name, kwargs = "vit_giant_patch14_dinov2", {"img_size": 28, "depth": 1}
+    with torch.device("meta"):
+        ours, theirs = (create_backbone(ModelConfig(name=name, kwargs=kwargs, mlp=mlp)) for mlp in ("swiglu", "timm"))
+    shapes = [{key: value.shape for key, value in backbone.state_dict().items()} for backbone in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+
+
 def test_gate_of_swiglu_starts_like_every_other_linear() -> None:
     kwargs = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 1, "num_heads": 3}
     for init in ("timm", "dino"):
