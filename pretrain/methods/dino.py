@@ -1,4 +1,7 @@
-"""DINO: self-distillation with no labels (Caron et al., ICCV 2021, arXiv 2104.14294).
+"""DINO: self-distillation with no labels.
+
+Paper: Caron et al., ICCV 2021, arXiv 2104.14294
+Objective: cross-entropy of the teacher's prototype assignment of one view and the student's of every other view
 
 A student sees all V crops of an image, a teacher (EMA of the student) only the G = 2 global ones. Both map a crop to a
 softmax over K prototypes; the student's is trained to match the teacher's of every *other* crop (eq. 3):
@@ -6,8 +9,9 @@ softmax over K prototypes; the student's is trained to match the teacher's of ev
     min  sum_{g <= G} sum_{v != g}  -p_g . log q_v       q_v = softmax(s_v / tau_s)   p_g = softmax((t_g - c) / tau_t)
 
 Shapes: V views (globals first), B images, D features, P bottleneck, K prototypes.
-The switches of the recipe (head.prototypes, head.normaliser, target.centring) span the family around DINO; the
-methods dino_vmf and dino_free are points of that grid.
+The switches of the recipe (head.prototypes, head.normaliser, target.centring, teacher.kind, objective.*, regularizer.*)
+span the family around DINO; dino_vmf, dino_free, dino_sk, dino_koleo, dino_koleo_proto and mean_teacher are points of
+that grid.
 """
 
 from __future__ import annotations
@@ -16,79 +20,132 @@ import torch
 from torch import Tensor
 
 from pretrain.data.loader import Batch
-from pretrain.methods.method import Method
-from pretrain.models.network import Network
-from pretrain.models.prototypes import Prototypes
-from pretrain.objectives.losses import multi_view_cross_entropy
+from pretrain.errors import UsageError
+from pretrain.methods.siamese import NUM_TEACHER_VIEWS, Siamese
+from pretrain.models.network import Outputs
+from pretrain.objectives.losses import multi_view_cross_entropy, multi_view_mse
+from pretrain.objectives.regularizers import koleo, koleo_prototypes, mean_entropy
 from pretrain.objectives.targets import Target
 from pretrain.training.health import Health
 from pretrain.training.recipe import Recipe
-from pretrain.training.schedules import Plan, cosine, teacher_temperature
-from pretrain.training.teacher import freeze, update_teacher
-
-NUM_TEACHER_VIEWS = 2
+from pretrain.training.schedules import Plan, teacher_temperatures
 
 
-class Dino(Method):
+class Dino(Siamese):
     """DINO and its prototype variants."""
 
-    student: Network
-    teacher: Network
-
     def __init__(self, recipe: Recipe, plan: Plan):
+        if recipe.head.num_prototypes == 0:
+            raise UsageError(f"{recipe.method.name} compares prototypes: set head.num_prototypes to at least 2")
+        if recipe.teacher.kind == "none" and recipe.objective.predictor:
+            raise UsageError(
+                "objective.predictor makes student and teacher differ, teacher.kind=none makes them one: "
+                "use teacher.kind=student_copy"
+            )
         super().__init__(recipe, plan)
-        self.student = Network(recipe.model, recipe.head, drop_path=recipe.model.drop_path)
-        self.teacher = Network(recipe.model, recipe.head, drop_path=0.0)
-        self.teacher.load_state_dict(self.student.state_dict())
-        freeze(self.teacher)
         self.target = Target(recipe.target, recipe.head.num_prototypes)
-        self.health = Health(recipe.head.num_prototypes)
-        target = recipe.target
-        self._temperatures = teacher_temperature(
-            target.warmup_temperature, target.temperature, target.warmup_epochs, plan.epochs
-        )
-        self._momenta = cosine(recipe.teacher.momentum, recipe.teacher.momentum_end, plan.epochs, plan.steps_per_epoch)
+        self.health = self._create_health()
+        self._temperatures = teacher_temperatures(recipe.target, plan)
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy of all (teacher view, other student view) pairs, equation 3."""
-        targets = self._targets(batch.views[:NUM_TEACHER_VIEWS], step)
-        _, z, vectors = self.forward_student(batch.views)  # [V, B, P], [K, P]
+        """The weighted sum of the parts of the objective; for DINO the one part of equation 3."""
+        if self.recipe.teacher.kind == "none":
+            student = self.student_outputs(batch)
+            teacher = _global_views(student)
+        else:
+            with torch.no_grad():
+                teacher = self.teacher_outputs(batch)
+            student = self.student_outputs(batch)
+        parts = self.parts(student, teacher, batch, step)
+        weights = self.weights()
+        total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+        return total, parts
+
+    def student_outputs(self, batch: Batch) -> Outputs:
+        """The student on all views."""
+        return self.forward_student(batch.views)
+
+    def teacher_outputs(self, batch: Batch) -> Outputs:
+        """The teacher on the global views."""
+        return self.teacher(batch.views[:NUM_TEACHER_VIEWS])
+
+    def parts(self, student: Outputs, teacher: Outputs, batch: Batch, step: int) -> dict[str, Tensor]:
+        """The terms of the objective by metric name, unweighted."""
+        config = self.recipe.regularizer
+        parts = {"loss/image": self.image_loss(student, self.image_targets(teacher, step))}
+        if config.koleo:
+            views = student.features[:NUM_TEACHER_VIEWS]
+            # each global view alone: the two crops of an image are meant to be neighbours
+            parts["loss/koleo"] = torch.stack([koleo(view, config.koleo_scope) for view in views]).sum()
+        if config.mean_entropy:
+            parts["loss/mean_entropy"] = mean_entropy(self.student_logits(student).flatten(0, 1))
+        if config.koleo_proto:
+            heads = [student.vectors, student.patch_vectors]
+            # shared prototypes come back twice as the same tensor
+            different = {id(vectors): vectors for vectors in heads if vectors is not None}.values()
+            parts["loss/koleo_proto"] = torch.stack([koleo_prototypes(vectors) for vectors in different]).sum()
+        return parts
+
+    def weights(self) -> dict[str, float]:
+        """The weight of each part that `parts` gives."""
+        config = self.recipe.regularizer
+        names = ("koleo", "mean_entropy", "koleo_proto")
+        chosen = {f"loss/{name}": getattr(config, name) for name in names if getattr(config, name)}
+        return {"loss/image": self.recipe.objective.image_weight, **chosen}
+
+    def image_loss(self, student: Outputs, target: Tensor) -> Tensor:
+        """Mean over (teacher view, other student view) pairs and images: targets [G, B, K] -> scalar."""
         tau = self.recipe.objective.student_temperature
-        bias = self.student.head.log_normaliser(tau, vectors)
-        return multi_view_cross_entropy(z, vectors, bias, targets, tau), {}
+        assert student.vectors is not None
+        bias = self.student.head.log_normaliser(tau, student.vectors)
+        loss = multi_view_mse if self.recipe.objective.loss == "mse" else multi_view_cross_entropy
+        return loss(student.z, student.vectors, bias, target, tau)
+
+    def student_logits(self, student: Outputs) -> Tensor:
+        """[V, B, K]: tempered, with the normaliser where there is one. For what needs every logit at once."""
+        tau = self.recipe.objective.student_temperature
+        assert student.vectors is not None
+        logits = student.z @ student.vectors.T / tau
+        bias = self.student.head.log_normaliser(tau, student.vectors)
+        return logits if bias is None else logits + bias
 
     @torch.no_grad()
-    def _targets(self, views: list[Tensor], step: int) -> Tensor:
+    def image_targets(self, teacher: Outputs, step: int) -> Tensor:
         """Teacher probabilities [G, B, K] of the global views."""
-        features, z, vectors = self.teacher(views)
         tau = self.teacher_temperature(step)
-        normaliser = self.teacher.head.log_normaliser(tau, vectors)
-        logits = self.target.centred(z.flatten(0, 1) @ vectors.T, tau, normaliser)
+        assert teacher.vectors is not None
+        normaliser = self.teacher.head.log_normaliser(tau, teacher.vectors)
+        logits = self.target.centred(teacher.z.flatten(0, 1) @ teacher.vectors.T, tau, normaliser)
         target = logits.softmax(-1)
-        self.health.observe(target, logits, features.flatten(0, 1))
-        return target.unflatten(0, z.shape[:2])
-
-    def before_update(self, step: int) -> None:
-        """The prototypes stay frozen at first; without a gradient the optimiser leaves decay and moments alone too."""
-        if self.plan.epoch(step) < self.recipe.optim.freeze_last_layer_epochs:
-            for parameter in self.student.head.last_layer.parameters():
-                parameter.grad = None
+        self.health.observe(target, logits, teacher.features.flatten(0, 1))
+        return target.unflatten(0, teacher.z.shape[:2])
 
     def after_step(self, step: int) -> None:
-        update_teacher(self.teacher, self.student, self._momenta[step])
+        super().after_step(step)
         self.target.update()
 
     def values(self, step: int) -> dict[str, float]:
-        return {
-            "optim/teacher_momentum": float(self._momenta[step]),
-            "optim/teacher_temperature": self.teacher_temperature(step),
-        }
-
-    def prototypes(self) -> Prototypes:
-        return self.teacher.head.last_layer
+        return {**super().values(step), "optim/teacher_temperature": self.teacher_temperature(step)}
 
     def teacher_temperature(self, step: int) -> float:
-        return float(self._temperatures[min(self.plan.epoch(step), self.plan.epochs - 1)])
+        return float(self._temperatures[min(step, self.plan.total_steps - 1)])
+
+    def _create_health(self) -> Health:
+        names = tuple(self.weights())
+        patch = self.student.patch_config
+        return Health(
+            self.recipe.head.num_prototypes,
+            patch_prototypes=patch.num_prototypes if patch is not None else 0,
+            metrics=names if len(names) > 1 else (),
+            cross_entropy=self.recipe.objective.loss == "cross_entropy",
+        )
+
+
+def _global_views(student: Outputs) -> Outputs:
+    """The student's own outputs of the global views, as a teacher's."""
+    assert student.vectors is not None
+    first = slice(NUM_TEACHER_VIEWS)
+    return Outputs(student.features[first].detach(), student.z[first].detach(), student.vectors.detach())
 
 
 METHOD = Dino

@@ -1,4 +1,7 @@
-"""DINO-vMF: DINO as a von Mises-Fisher mixture (Govindarajan et al., ICLR 2023, arXiv 2405.10939).
+"""DINO-vMF: DINO as a von Mises-Fisher mixture.
+
+Paper: Govindarajan et al., ICLR 2023, arXiv 2405.10939
+Objective: as DINO, with log C_p(kappa) in every logit and the centre in probability space
 
 Prototype w_k is a mixture component with mean direction w_k / ||w_k|| and precision kappa_k = ||w_k|| / tau. The logit
 is the component's log-density, so its normaliser log C_p belongs in it; L2-normalised prototypes force one precision
@@ -24,11 +27,17 @@ class DinoVMF(Dino):
     """DINO with unnormalised prototypes and the vMF normaliser in both logits."""
 
     def __init__(self, recipe: Recipe, plan: Plan):
-        if recipe.head.normaliser == "none":
-            raise UsageError(
-                "dino_vmf needs head.normaliser=vmf (or vmf_leading); for free prototypes without log C_p use dino_free"
-            )
+        require_normaliser(recipe, "dino")
         super().__init__(recipe, plan)
+
+
+def require_normaliser(recipe: Recipe, plain: str) -> None:
+    """Refuse a vMF method whose logits lack log C_p; `plain` is the method that it would be."""
+    if recipe.head.normaliser == "none":
+        control = "; for free prototypes without log C_p use dino_free" if plain == "dino" else ""
+        raise UsageError(
+            f"{recipe.method.name} needs head.normaliser=vmf (or vmf_leading); without it use {plain}{control}"
+        )
 
 
 METHOD = DinoVMF

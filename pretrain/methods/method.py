@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class Method(nn.Module):
     """What the loop needs from a method. Everything a checkpoint must hold is in `state_dict()`.
 
     `student` is what the optimiser trains, with `backbone.*` and `head.*` below it; `teacher` is evaluated.
-    The loop calls, per step: `loss` (once per micro-batch), backward, `before_update`, the optimiser, `after_step`.
+    The loop calls, per step: `before_step`, `loss` (once per micro-batch), backward, `before_update`, the optimiser, `after_step`.
     """
 
     Parameters: ClassVar[type[BaseModel]] = NoParameters
@@ -58,8 +58,11 @@ class Method(nn.Module):
         self.recipe, self.plan = recipe, plan
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one micro-batch, a scalar, and further device scalars to log."""
+        """The loss of one micro-batch, a scalar, and the device scalars that `health` was told to expect."""
         raise TypeError(f"{type(self).__name__} must define loss(batch, step)")
+
+    def before_step(self, step: int) -> None:
+        """Prepare a step, before its first micro-batch."""
 
     def before_update(self, step: int) -> None:
         """Change the gradients before clipping is done and the optimiser runs."""
@@ -75,8 +78,8 @@ class Method(nn.Module):
         """The network to evaluate: images [B, 3, H, W] -> features [B, D]."""
         return self.teacher.get_submodule("backbone")
 
-    def prototypes(self) -> Prototypes | None:
-        """The prototypes to analyse, or None for a method without."""
+    def prototypes(self, head: Literal["image", "patch"] = "image") -> Prototypes | None:
+        """The prototypes to analyse, or None for a method without, or without any of its own for patches."""
         return None
 
     def teacher_temperature(self, step: int) -> float | None:

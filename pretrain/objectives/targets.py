@@ -27,13 +27,15 @@ from torch import Tensor, nn
 
 from pretrain.training import runtime
 
+Centring = Literal["logit", "prob_logmean_ema", "prob_ema_log", "sinkhorn", "softmax_batch", "none"]
+
 
 class TargetConfig(BaseModel):
     """How the teacher's output becomes a target."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    centring: Literal["logit", "prob_logmean_ema", "prob_ema_log", "sinkhorn", "softmax_batch", "none"] = "logit"
+    centring: Centring = "logit"
     momentum: float = Field(default=0.9, ge=0, le=1)
     """m of the centre (DINO: 0.9, fixed in the code)."""
     iterations: int = Field(default=3, ge=1)

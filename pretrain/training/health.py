@@ -25,24 +25,82 @@ MIN_FEATURE_STD = 0.01
 """Standard deviation of L2-normalised features, times sqrt(D): 1 for isotropic features, 0 when all are equal."""
 
 
-class Health(nn.Module):
-    """Sums over one logging interval; its buffers are saved with a checkpoint so that a resumed log is the same."""
+class TargetStatistics(nn.Module):
+    """Sums over the targets [R, K] of one head in a logging interval."""
 
     sum_target: Tensor
     sum_entropy: Tensor
-    sum_loss: Tensor
     usage: Tensor
     rows: Tensor
-    steps: Tensor
-    first_bad_step: Tensor
 
     def __init__(self, num_prototypes: int):
         super().__init__()
         self.num_prototypes = num_prototypes
-        self.suspicious: dict[str, int] = {}
-        for name, shape in {"sum_target": num_prototypes, "usage": num_prototypes}.items():
+        for name, shape in {
+            "sum_target": num_prototypes,
+            "usage": num_prototypes,
+            "sum_entropy": (),
+            "rows": (),
+        }.items():
             self.register_buffer(name, torch.zeros(shape))
-        for name in ("sum_entropy", "sum_loss", "rows", "steps"):
+
+    @torch.no_grad()
+    def observe(self, target: Tensor, logits: Tensor) -> None:
+        """Add one micro-batch: targets [R, K] and the logits they are the softmax of.
+
+        The entropy is formed from both, H = LSE(l) - p . l: a logarithm of every p would be the slowest thing here.
+        """
+        best = target.argmax(1, keepdim=True)
+        log_sum = logits.gather(1, best) - target.gather(1, best).log()
+        self.sum_entropy += log_sum.sum() - (target * logits).sum()
+        self.sum_target += target.sum(0)
+        self.usage.scatter_add_(0, best.squeeze(1), torch.ones_like(self.usage[:1]).expand(len(target)))
+        self.rows += len(target)
+
+    def read(self, health: str, prototypes: str) -> dict[str, Tensor]:
+        """The metrics of the interval, named `<health>/...` and `<prototypes>/...`, still on the device."""
+        rows = self.rows.clamp_min(1)  # before the first masks there are no patch targets
+        entropy, mean_entropy = self.sum_entropy / rows, torch.special.entr(self.sum_target / rows).sum()
+        return {
+            f"{health}/target_entropy": entropy,
+            f"{health}/mean_target_entropy": mean_entropy,
+            f"{health}/information": mean_entropy - entropy,
+            f"{prototypes}/usage_entropy": prototype_usage.usage_entropy(self.usage),
+            f"{prototypes}/used": (self.usage > 0).sum(),
+            f"{prototypes}/rows": self.rows.clone(),
+        }
+
+
+class Health(nn.Module):
+    """Sums over one logging interval; its buffers are saved with a checkpoint so that a resumed log is the same.
+
+    Args:
+        num_prototypes: K of the image head; 0 for a method without prototypes.
+        patch_prototypes: K' of the patch head; 0 for a method without patch loss.
+        metrics: names of the scalars that the method's `loss` returns beside the loss.
+        cross_entropy: the loss (or its part `loss/image`) is a cross-entropy, so that minus the entropy it is a KL.
+    """
+
+    sum_loss: Tensor
+    sum_metrics: Tensor
+    steps: Tensor
+    first_bad_step: Tensor
+
+    def __init__(
+        self,
+        num_prototypes: int = 0,
+        *,
+        patch_prototypes: int = 0,
+        metrics: tuple[str, ...] = (),
+        cross_entropy: bool = True,
+    ):
+        super().__init__()
+        self.num_prototypes, self.metrics, self.cross_entropy = num_prototypes, metrics, cross_entropy
+        self.image = TargetStatistics(num_prototypes) if num_prototypes else None
+        self.patch = TargetStatistics(patch_prototypes) if patch_prototypes else None
+        self.suspicious: dict[str, int] = {}
+        self.register_buffer("sum_metrics", torch.zeros(len(metrics)))
+        for name in ("sum_loss", "steps"):
             self.register_buffer(name, torch.zeros(()))
         self.register_buffer("first_bad_step", torch.full((), -1.0))
         self.features = torch.zeros(0)
@@ -57,17 +115,26 @@ class Health(nn.Module):
 
     @torch.no_grad()
     def observe(self, target: Tensor, logits: Tensor, features: Tensor) -> None:
-        """Add one micro-batch: targets [R, K], the logits they are the softmax of, and the teacher's features [R, D].
+        """Add one micro-batch: image targets [R, K], the logits they are the softmax of, and features [R, D]."""
+        assert self.image is not None
+        self.image.observe(target, logits)
+        self.observe_features(features)
 
-        The entropy is formed from both, H = LSE(l) - p . l: a logarithm of every p would be the slowest thing here.
-        """
-        best = target.argmax(1, keepdim=True)
-        log_sum = logits.gather(1, best) - target.gather(1, best).log()
-        self.sum_entropy += log_sum.sum() - (target * logits).sum()
-        self.sum_target += target.sum(0)
-        self.usage.scatter_add_(0, best.squeeze(1), torch.ones_like(self.usage[:1]).expand(len(target)))
-        self.rows += len(target)
+    def observe_features(self, features: Tensor) -> None:
+        """Remember the last features [R, D]; their spread is read once per interval."""
         self.features = features.detach()
+
+    @torch.no_grad()
+    def observe_metrics(self, metrics: dict[str, Tensor], share: float) -> None:
+        """Add what `loss` returned for a micro-batch that is `share` of the step.
+
+        Raises:
+            KeyError: the method did not return exactly the metrics it declared.
+        """
+        if self.metrics:
+            self.sum_metrics += (
+                torch.stack([metrics[name].detach().to(self.sum_metrics) for name in self.metrics]) * share
+            )
 
     @torch.no_grad()
     def observe_loss(self, loss: Tensor, step: int) -> None:
@@ -80,28 +147,23 @@ class Health(nn.Module):
     @torch.no_grad()
     def read(self) -> dict[str, float]:
         """The interval's metrics as floats; waits for the device and starts a new interval."""
-        log_k = math.log(self.num_prototypes)
-        mean_target = self.sum_target / self.rows
-        entropy, mean_entropy = self.sum_entropy / self.rows, torch.special.entr(mean_target).sum()
-        loss = self.sum_loss / self.steps
-        std, rank = feature_spread(self.features)
-        values = {
-            "loss/total": loss,
-            "loss/over_lnK": loss / log_k,
-            "loss/kl": loss - entropy,
-            "health/target_entropy": entropy,
-            "health/mean_target_entropy": mean_entropy,
-            "health/information": mean_entropy - entropy,
-            "health/feature_std": std,
-            "health/effective_rank": rank,
-            "prototypes/usage_entropy": prototype_usage.usage_entropy(self.usage),
-            "prototypes/used": (self.usage > 0).sum(),
-            "prototypes/rows": self.rows,
-        }
+        values = {"loss/total": self.sum_loss / self.steps}
+        values |= dict(zip(self.metrics, (self.sum_metrics / self.steps).unbind(), strict=True))
+        if self.image is not None:
+            image = self.image.read("health", "prototypes")
+            if self.cross_entropy:
+                loss = values.get("loss/image", values["loss/total"])
+                values["loss/over_lnK"] = loss / math.log(self.num_prototypes)
+                values["loss/kl"] = loss - image["health/target_entropy"]
+            values |= image
+        if self.patch is not None:
+            values |= self.patch.read("patch", "patch_prototypes")
+        values["health/feature_std"], values["health/effective_rank"] = feature_spread(self.features)
         # One transfer for all of them.
         metrics = dict(zip(values, torch.stack([value.double() for value in values.values()]).tolist(), strict=True))
-        for buffer in (self.sum_target, self.usage, self.sum_entropy, self.sum_loss, self.rows, self.steps):
-            buffer.zero_()
+        for name, buffer in self.named_buffers():
+            if name != "first_bad_step":
+                buffer.zero_()
         return metrics
 
     def verdict(self, metrics: dict[str, float]) -> str | None:
@@ -112,11 +174,12 @@ class Health(nn.Module):
 
 
 def collapse_states(metrics: dict[str, float], num_prototypes: int) -> list[str]:
-    """The collapse states that one interval's metrics look like (DESIGN: uniform, constant, features)."""
-    log_k = math.log(num_prototypes)
+    """The collapse states that one interval's metrics look like; without prototypes only that of the features."""
     states = []
-    if metrics["health/information"] < 0.01 * log_k:
-        states.append("uniform" if metrics["health/target_entropy"] > 0.99 * log_k else "constant")
+    if num_prototypes:
+        log_k = math.log(num_prototypes)
+        if metrics["health/information"] < 0.01 * log_k:
+            states.append("uniform" if metrics["health/target_entropy"] > 0.99 * log_k else "constant")
     if metrics["health/feature_std"] < MIN_FEATURE_STD:
         states.append("features")
     return states

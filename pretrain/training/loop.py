@@ -9,7 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from pretrain.data.loader import Loader
+from pretrain.models.backbones import create_backbone, patch_grid
 from pretrain.training.checkpoints import CheckpointFolder
 from pretrain.training.meter import Meter, Progress
 from pretrain.training.recipe import Recipe
@@ -57,8 +60,10 @@ def train(
         world_size=runtime.world_size,
         workers=recipe.runtime.workers,
         device=runtime.device,
+        masks=recipe.masks,
+        grid=_patch_grid(recipe),
     )
-    plan = Plan(recipe.schedule.epochs, loader.steps_per_epoch)
+    plan = Plan(recipe.schedule.epochs, recipe.schedule.steps_per_epoch or loader.steps_per_epoch)
     trainer = Trainer(recipe, runtime, plan)
     files = CheckpointFolder(folder / "checkpoints", recipe.checkpoint.keep, writes=runtime.is_main)
     first = trainer.restore(files.last) if resume and files.last.is_file() else 0
@@ -86,3 +91,11 @@ def train(
             if interrupted:
                 return Outcome("interrupted", done, meter.seconds, meter.mean_rate, files.kept(), stop.name)
     return Outcome("finished", plan.total_steps, meter.seconds, meter.mean_rate, files.kept(), meter.note)
+
+
+def _patch_grid(recipe: Recipe) -> tuple[int, int] | None:
+    """Rows and columns of patches of a global view, where patches are masked."""
+    if recipe.masks.kind == "none":
+        return None
+    with torch.device("meta"):  # shapes only: no memory, no random numbers
+        return patch_grid(create_backbone(recipe.model), recipe.views.global_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
@@ -14,6 +15,11 @@ from pretrain.training.recipe import Recipe
 from pretrain.training.runtime import all_reduce_sum
 from pretrain.training.schedules import Plan
 from pretrain.training.trainer import Trainer
+
+
+_HEADS: dict[Literal["image", "patch"], str] = {"image": "prototypes", "patch": "patch_prototypes"}
+FEW_PROTOTYPES = 4096
+"""Up to so many, the unique ones are counted at every logging interval."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +86,8 @@ class Meter:
         self.refuse_non_finite()
         health = self.trainer.method.health
         metrics = {**health.read(), **self._norms(step), **self.trainer.values(step)}
+        if self._few_prototypes():
+            metrics |= self.unique_prototypes()
         now = time.monotonic()
         self.rate = self.interval_steps * self.recipe.optim.batch_size / (now - self.interval_started)
         self.interval_started, self.interval_steps = now, 0
@@ -90,11 +98,11 @@ class Meter:
         self._log(metrics, step + 1)
         self.note = f"collapse: {collapse}" if collapse else ""
         if collapse and self.recipe.runtime.stop_on_collapse:
+            shown = ("health/target_entropy", "health/information", "health/feature_std")
+            found = ", ".join(f"{name.split('/')[1]} {metrics[name]:.3f}" for name in shown if name in metrics)
             raise CheckFailed(
-                f"the training collapsed ({collapse}) at step {step + 1}: target entropy "
-                f"{metrics['health/target_entropy']:.3f}, information {metrics['health/information']:.3f}, feature std "
-                f"{metrics['health/feature_std']:.3f}. Try a lower target.temperature, a longer warm-up or "
-                "head.batch_norm=true"
+                f"the training collapsed ({collapse}) at step {step + 1}: {found}. Try a lower target.temperature, a "
+                "longer warm-up or head.batch_norm=true"
             )
 
     def refuse_non_finite(self) -> None:
@@ -108,13 +116,24 @@ class Meter:
             )
 
     def unique_prototypes(self) -> dict[str, float]:
-        """Different prototypes over a sweep of cosine distances, counted at checkpoints because it costs K^2."""
-        prototypes = self.trainer.method.prototypes()
-        if prototypes is None:
-            return {}
-        counts = unique_counts(prototypes.vectors())
-        sweep = {f"prototypes/unique_at_{distance:g}": float(count) for distance, count in counts.items()}
-        return {"prototypes/unique": float(counts[UNIQUE_THRESHOLD]), **sweep}
+        """Different prototypes of each head over a sweep of cosine distances, and K over their number.
+
+        It costs K^2 products: counted at checkpoints, and at every logging interval where K is small.
+        """
+        metrics = {}
+        for head, name in _HEADS.items():
+            prototypes = self.trainer.method.prototypes(head)
+            if prototypes is None:
+                continue
+            counts = unique_counts(prototypes.vectors())
+            metrics |= {f"{name}/unique_at_{distance:g}": float(count) for distance, count in counts.items()}
+            metrics[f"{name}/unique"] = float(counts[UNIQUE_THRESHOLD])
+            metrics[f"{name}/redundancy"] = prototypes.num / max(counts[UNIQUE_THRESHOLD], 1)
+        return metrics
+
+    def _few_prototypes(self) -> bool:
+        heads = [self.trainer.method.prototypes(head) for head in _HEADS]
+        return all(prototypes is None or prototypes.num <= FEW_PROTOTYPES for prototypes in heads)
 
     def _warm(self, step: int) -> bool:
         """Whether a verdict may be given: after the learning-rate warm-up and a fifth of the training."""
@@ -122,16 +141,16 @@ class Meter:
         return step + 1 > warmup * self.plan.total_steps
 
     def _norms(self, step: int) -> dict[str, float]:
-        """Quantiles of the prototype norms, and of their precisions kappa at the teacher's temperature."""
-        prototypes, temperature = self.trainer.method.prototypes(), self.trainer.method.teacher_temperature(step)
-        if prototypes is None or temperature is None:
-            return {}
-        with torch.no_grad():
-            norms = prototypes.norms().float()
-            low, median, high = norms.quantile(torch.tensor([0.05, 0.5, 0.95], device=norms.device)).tolist()
-        return {
-            "prototypes/norm_q05": low,
-            "prototypes/norm_q50": median,
-            "prototypes/norm_q95": high,
-            "prototypes/kappa_q50": median / temperature,
-        }
+        """Quantiles of the prototype norms of each head, and of their precisions kappa at the teacher's temperature."""
+        temperature = self.trainer.method.teacher_temperature(step)
+        metrics = {}
+        for head, name in _HEADS.items():
+            prototypes = self.trainer.method.prototypes(head)
+            if prototypes is None or temperature is None:
+                continue
+            with torch.no_grad():
+                norms = prototypes.norms().float()
+                low, median, high = norms.quantile(torch.tensor([0.05, 0.5, 0.95], device=norms.device)).tolist()
+            metrics |= {f"{name}/norm_q05": low, f"{name}/norm_q50": median, f"{name}/norm_q95": high}
+            metrics[f"{name}/kappa_q50"] = median / temperature
+        return metrics

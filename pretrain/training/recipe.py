@@ -17,13 +17,16 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from pretrain.data.datasets import DataConfig, dataset_label
+from pretrain.data.masks import MaskConfig
 from pretrain.data.views import ViewsConfig
 from pretrain.errors import UsageError, unknown_name
 from pretrain.mapping import read_mapping
 from pretrain.methods import method as methods
 from pretrain.models.backbones import ModelConfig
 from pretrain.models.heads import HeadConfig
+from pretrain.models.patch_head import PatchConfig
 from pretrain.objectives.losses import ObjectiveConfig
+from pretrain.objectives.regularizers import RegularizerConfig
 from pretrain.objectives.targets import TargetConfig
 from pretrain.training.optim import OptimConfig
 from pretrain.training.runtime import RuntimeConfig
@@ -51,6 +54,8 @@ class TrackingConfig(_Section):
     enabled: bool = True
     require: bool = False
     """Stop when the tracking server cannot be reached; otherwise the run goes on with its journal."""
+    label: str = ""
+    """Which row of which ablation this is, as `ablation/row`."""
 
 
 class CheckpointConfig(_Section):
@@ -76,10 +81,13 @@ class Recipe(_Section):
     method: MethodConfig
     data: DataConfig = DataConfig()
     views: ViewsConfig = ViewsConfig()
+    masks: MaskConfig = MaskConfig()
     model: ModelConfig = ModelConfig()
     head: HeadConfig = HeadConfig()
+    patch: PatchConfig = PatchConfig()
     target: TargetConfig = TargetConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    regularizer: RegularizerConfig = RegularizerConfig()
     teacher: TeacherConfig = TeacherConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()

@@ -9,11 +9,15 @@ it for steps past the end, which no training here takes.
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from pretrain.errors import UsageError
+
+if TYPE_CHECKING:
+    from pretrain.objectives.targets import TargetConfig
 
 
 class ScheduleConfig(BaseModel):
@@ -65,6 +69,21 @@ def teacher_temperature(
         )
     rising = np.linspace(warmup, final, warmup_epochs * steps_per_epoch)
     return np.concatenate([rising, np.full((epochs - warmup_epochs) * steps_per_epoch, final)])
+
+
+def teacher_temperatures(target: TargetConfig, plan: Plan, start_epoch: int = 0) -> np.ndarray:
+    """tau_t of every step, float64 [total_steps]; for iBOT's patches the warm-up begins at `start_epoch`."""
+    start_epoch = min(start_epoch, plan.epochs)
+    per_step = target.warmup_unit == "step"
+    rising = teacher_temperature(
+        target.warmup_temperature,
+        target.temperature,
+        target.warmup_epochs,
+        plan.epochs - start_epoch,
+        plan.steps_per_epoch if per_step else 1,
+    )
+    waiting = np.full(start_epoch * plan.steps_per_epoch, target.warmup_temperature)
+    return np.concatenate([waiting, rising if per_step else rising.repeat(plan.steps_per_epoch)])
 
 
 @dataclasses.dataclass(frozen=True)

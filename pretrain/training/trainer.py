@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +49,18 @@ class Trainer:
         config = self.recipe.runtime
         self._set_schedules(step)
         self.optimizer.zero_grad(set_to_none=True)
+        self.method.before_step(step)
         if self.runtime.dtype != torch.float32:
-            batch = Batch([view.to(self.runtime.dtype) for view in batch.views], batch.index, batch.epoch)
+            batch = dataclasses.replace(batch, views=[view.to(self.runtime.dtype) for view in batch.views])
         parts = batch.split(config.accumulate)
         total = torch.zeros((), device=self.runtime.device, dtype=self.runtime.dtype)
         for i, part in enumerate(parts):
             with self.method.no_sync() if i < len(parts) - 1 else torch.enable_grad():
                 with self.runtime.autocast():
-                    loss, _ = self.method.loss(part, step)
+                    loss, metrics = self.method.loss(part, step)
                 (loss / len(parts)).backward()
             total += loss.detach() / len(parts)
+            self.method.health.observe_metrics(metrics, 1 / len(parts))
         self.method.health.observe_loss(total, step)
         self.method.before_update(step)
         optim.clip(self.parameters, self.recipe.optim.clip, self.recipe.optim.clip_scope)

@@ -39,10 +39,10 @@ class Toy(Method):
         self.weight = Parameters(**recipe.method.parameters).weight
 
     def loss(self, batch, step):
-        features, z, prototypes = self.forward_student(batch.views)
-        logits = z[0] @ prototypes.T
-        self.health.observe(logits.softmax(-1), logits, features[0])
-        return self.weight * (features[0] - features[1]).square().mean(), {}
+        output = self.forward_student(batch.views)
+        logits = output.z[0] @ output.vectors.T
+        self.health.observe(logits.softmax(-1), logits, output.features[0])
+        return self.weight * (output.features[0] - output.features[1]).square().mean(), {}
 
 
 METHOD = Toy

@@ -46,7 +46,7 @@ def test_entropy_from_logits_equals_the_sum_over_probabilities(scale):
     health = Health(K)
     health.observe(target, logits, _features())
     expected = torch.special.entr(target.double()).sum().item()
-    assert health.sum_entropy.item() == pytest.approx(expected, rel=1e-4, abs=1e-4 * scale)
+    assert health.image.sum_entropy.item() == pytest.approx(expected, rel=1e-4, abs=1e-4 * scale)
 
 
 @pytest.mark.parametrize(

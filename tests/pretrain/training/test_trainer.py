@@ -48,7 +48,8 @@ def _golden_trainer(g):
     )
     trainer = _float64_trainer(recipe, Plan(int(g["epochs"]), int(g["niter"])))
     trainer.learning_rates, trainer.weight_decays = g["lr_schedule"], g["wd_schedule"]
-    trainer.method._momenta, trainer.method._temperatures = g["momentum_schedule"], g["teacher_temp_schedule"]
+    trainer.method._momenta = g["momentum_schedule"]
+    trainer.method._temperatures = g["teacher_temp_schedule"].repeat(int(g["niter"]))
     start = {k.removeprefix("init."): torch.from_numpy(v) for k, v in g.items() if k.startswith("init.")}
     for network in (trainer.method.student, trainer.method.teacher):
         network.load_state_dict(start)

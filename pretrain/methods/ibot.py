@@ -1,0 +1,141 @@
+"""iBOT: image BERT pre-training with an online tokenizer.
+
+Paper: Zhou et al., ICLR 2022, arXiv 2111.07832
+Objective: DINO between views, plus cross-entropy of teacher and student on the student's masked patches of one view
+
+The student sees its global views with blocks of patches replaced by a learned token, the teacher sees them whole. DINO's
+loss compares the [CLS] tokens across views; the patch loss compares each masked patch with the teacher's token at that
+place of the *same* view (eq. 2; official iBOTLoss):
+
+    L = lambda_1 L_cls + lambda_2 L_patch
+    L_patch = mean_{g, b} (1 / max(1, |M_gb|)) sum_{i in M_gb} -p_i . log q_i       M_gb: masked patches of a crop
+
+Both have their own centre and teacher temperature. The centre of the patches is the mean over all patches, masked or
+not. Only masked patches go through the student's prototypes; with logit centring the teacher's too, because the mean of
+the logits is the mean of z times W.
+
+Shapes: G = 2 masked views, B images, N patches, M masked patches of all G x B crops, K' patch prototypes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pretrain.data.loader import Batch
+from pretrain.data.masks import Masks
+from pretrain.errors import UsageError
+from pretrain.methods.dino import Dino
+from pretrain.methods.siamese import NUM_TEACHER_VIEWS
+from pretrain.models.backbones import create_backbone, masked_tokens
+from pretrain.models.network import Outputs
+from pretrain.objectives.losses import masked_cross_entropy
+from pretrain.objectives.regularizers import gram_loss
+from pretrain.objectives.targets import Target
+from pretrain.training.recipe import Recipe
+from pretrain.training.schedules import Plan, teacher_temperatures
+
+
+class Ibot(Dino):
+    """iBOT and its variants: shared or separate heads, any prototypes, any centring per head."""
+
+    def __init__(self, recipe: Recipe, plan: Plan):
+        name = recipe.method.name
+        if recipe.patch.weight == 0 or recipe.masks.kind == "none":
+            raise UsageError(
+                f"{name} has a patch objective: set patch.weight above 0 and masks.kind to block, random or dinov2 "
+                "(without one the method is dino)"
+            )
+        if recipe.teacher.kind == "none":
+            raise UsageError(f"{name} needs a teacher that sees whole views: teacher.kind=none has none")
+        super().__init__(recipe, plan)
+        config = recipe.patch.target_config(recipe.target)
+        assert self.student.patch_config is not None
+        self.patch_target = Target(config, self.student.patch_config.num_prototypes)
+        # Of all patches only the mean logit is needed, and that is linear in z.
+        self._mean_is_enough = config.centring == "logit" and recipe.patch.center_tokens == "all"
+        self._patch_temperatures = teacher_temperatures(config, plan, recipe.masks.start_epoch)
+        self.gram_teacher = create_backbone(recipe.model).requires_grad_(False) if recipe.regularizer.gram else None
+
+    def student_outputs(self, batch: Batch) -> Outputs:
+        """The student: global views masked, local ones whole."""
+        return self.forward_student(batch.views, batch.masks, "replace")
+
+    def teacher_outputs(self, batch: Batch) -> Outputs:
+        """The teacher on the whole global views."""
+        patches = self.recipe.patch.center_tokens
+        return self.teacher(batch.views[:NUM_TEACHER_VIEWS], batch.masks, patches=patches)
+
+    def parts(self, student: Outputs, teacher: Outputs, batch: Batch, step: int) -> dict[str, Tensor]:
+        parts = super().parts(student, teacher, batch, step)
+        assert batch.masks is not None
+        target = self.patch_targets(teacher, batch.masks, step)
+        parts["loss/patch"] = self.patch_loss(student, target, batch.masks)
+        if self.gram_teacher is not None:
+            parts["loss/gram"] = self.gram_term(student, batch, step)
+        return parts
+
+    def weights(self) -> dict[str, float]:
+        gram = self.recipe.regularizer.gram
+        weights = {**super().weights(), "loss/patch": self.recipe.patch.weight}
+        return weights | ({"loss/gram": gram} if gram else {})
+
+    def gram_term(self, student: Outputs, batch: Batch, step: int) -> Tensor:
+        """Gram anchoring (DINOv3): patch similarities as an earlier teacher saw them; a scalar, 0 before its start."""
+        assert student.patches is not None and self.gram_teacher is not None
+        patches = student.patches.flatten(0, 1)  # [G B, N, D]
+        if self.plan.epoch(step) < self.recipe.regularizer.gram_start_epoch:
+            return 0.0 * patches.sum()
+        with torch.no_grad():
+            views = torch.cat(batch.views[:NUM_TEACHER_VIEWS])
+            anchor = masked_tokens(self.gram_teacher, views, None, None)[:, -patches.shape[1] :]
+        return gram_loss(patches, anchor)
+
+    def patch_loss(self, student: Outputs, target: Tensor, masks: Masks) -> Tensor:
+        """Targets [M, K'] -> scalar: mean over crops of the mean over their masked patches."""
+        tau = self.recipe.objective.student_temperature
+        assert student.patch_z is not None and student.patch_vectors is not None
+        bias = self.student.patch_log_normaliser(tau, student.patch_vectors)
+        num_crops = masks.mask.shape[0] * masks.mask.shape[1]
+        return masked_cross_entropy(student.patch_z, student.patch_vectors, bias, target, tau, masks.weight, num_crops)
+
+    @torch.no_grad()
+    def patch_targets(self, teacher: Outputs, masks: Masks, step: int) -> Tensor:
+        """Teacher probabilities [M, K'] of the masked patches."""
+        z, vectors = teacher.patch_z, teacher.patch_vectors
+        assert z is not None and vectors is not None
+        tau = self.patch_temperature(step)
+        normaliser = self.teacher.patch_log_normaliser(tau, vectors)
+        if self._mean_is_enough:
+            self.patch_target.remember_mean(z.mean(0) @ vectors.T, len(z))
+            z = z.index_select(0, masks.index)
+        logits = self.patch_target.centred(z @ vectors.T, tau, normaliser, remember=not self._mean_is_enough)
+        if len(z) > len(masks.index):
+            logits = logits.index_select(0, masks.index)
+        target = logits.softmax(-1)
+        assert self.health.patch is not None
+        self.health.patch.observe(target, logits)
+        return target
+
+    def before_step(self, step: int) -> None:
+        """Copy the teacher to the Gram teacher at the epochs set for it."""
+        config = self.recipe.regularizer
+        epoch, place = divmod(step, self.plan.steps_per_epoch)
+        since = epoch - config.gram_start_epoch
+        due = since == 0 or (since > 0 and config.gram_every_epochs and since % config.gram_every_epochs == 0)
+        if self.gram_teacher is not None and place == 0 and due:
+            self.gram_teacher.load_state_dict(self.teacher.backbone.state_dict())
+
+    def after_step(self, step: int) -> None:
+        super().after_step(step)
+        self.patch_target.update()
+
+    def values(self, step: int) -> dict[str, float]:
+        return {**super().values(step), "optim/patch_temperature": self.patch_temperature(step)}
+
+    def patch_temperature(self, step: int) -> float:
+        """tau_t of the patches at a step."""
+        return float(self._patch_temperatures[min(step, self.plan.total_steps - 1)])
+
+
+METHOD = Ibot
