@@ -1,24 +1,33 @@
-"""The pair-free loss against the pair loop, against the official values, and its limits."""
+"""The losses against their plain loops, against the official values, and their limits."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from pretrain.objectives import losses
-from pretrain.objectives.losses import multi_view_cross_entropy
+from pretrain.objectives.losses import masked_cross_entropy, multi_view_cross_entropy, multi_view_mse
 from pretrain.objectives.targets import Target, TargetConfig
 from pretrain.training.schedules import teacher_temperature
 
 
-def pair_loop(z, weight, bias, target, temperature):
+def cross_entropy(p, logits):
+    return -(p * torch.log_softmax(logits, -1)).sum(-1)
+
+
+def squared_distance(p, logits):
+    return (p - torch.softmax(logits, -1)).square().sum(-1)
+
+
+def pair_loop(z, weight, bias, target, temperature, pairs=None, distance=cross_entropy):
     """Equation 3 of DINO as it is written: every (teacher view, other student view) pair on its own."""
     terms = []
     for g, p in enumerate(target):
         for v, view in enumerate(z):
-            if v != g:
+            if v != g if pairs is None else pairs[g, v]:
                 logits = view @ weight.T / temperature + (0 if bias is None else bias)
-                terms.append(-(p * torch.log_softmax(logits, -1)).sum(-1).mean())
+                terms.append(distance(p, logits).mean())
     return sum(terms) / len(terms)
 
 
@@ -43,6 +52,74 @@ def test_loss_and_gradients_equal_the_pair_loop(views, teachers, with_bias):
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
     for a, b in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(plain, inputs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize(
+    ("teachers", "pairs"),
+    [
+        (1, [[1, 1, 1, 1]]),  # MSN: one target view, every anchor
+        (2, [[0, 1, 1, 1], [1, 0, 1, 1]]),  # DINO's own
+        (2, [[1, 0, 0, 0], [0, 1, 0, 0]]),  # a view with itself
+        (3, [[0, 1, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0]]),  # a student and a teacher view without a pair
+    ],
+)
+def test_chosen_pairs_equal_the_pair_loop(teachers, pairs, with_bias):
+    z, weight, bias, target = case(4, teachers, with_bias=with_bias)
+    pairs = torch.tensor(pairs)
+    inputs = [x for x in (z, weight, bias) if x is not None]
+    ours, plain = (f(z, weight, bias, target, 0.1, pairs) for f in (multi_view_cross_entropy, pair_loop))
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(plain, inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize(("views", "teachers"), [(2, 2), (5, 2), (4, 1)])
+def test_squared_distance_equals_the_pair_loop(views, teachers, with_bias):
+    z, weight, bias, target = case(views, teachers, with_bias=with_bias)
+    inputs = [x for x in (z, weight, bias) if x is not None]
+    ours = multi_view_mse(z, weight, bias, target, 0.1)
+    plain = pair_loop(z, weight, bias, target, 0.1, distance=squared_distance)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(plain, inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def masked_case(rows=6, **options):
+    z, weight, bias, target = case(views=2, teachers=1, batch=rows, **options)
+    return z[0].detach().requires_grad_(), weight, bias, target[0], torch.linspace(0.1, 1, rows, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_masked_loss_equals_the_loop_over_patches(with_bias):
+    z, weight, bias, target, row_weight = masked_case(with_bias=with_bias)
+    inputs = [x for x in (z, weight, bias) if x is not None]
+    ours = masked_cross_entropy(z, weight, bias, target, 0.1, row_weight, num_crops=4)
+    plain = torch.zeros(())
+    for m in range(len(z)):
+        logits = weight @ z[m] / 0.1 + (0 if bias is None else bias)
+        plain = plain + row_weight[m] * cross_entropy(target[m], logits) / 4
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(plain, inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_no_masked_patch_gives_a_zero_with_zero_gradients():
+    z, weight, bias, target, row_weight = masked_case()
+    loss = masked_cross_entropy(z[:0], weight, bias, target[:0], 0.1, row_weight[:0], num_crops=4)
+    assert loss == 0
+    for gradient in torch.autograd.grad(loss, (z, weight, bias)):
+        assert not gradient.any()
+
+
+def test_masked_loss_under_bfloat16_autocast_is_close_to_float32():
+    z, weight, bias, target, row_weight = (x.detach().float() for x in masked_case(dim=64, prototypes=200))
+    exact = masked_cross_entropy(z, weight, bias, target, 0.1, row_weight, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = masked_cross_entropy(z, weight, bias, target, 0.1, row_weight, 4)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact, rtol=1e-2, atol=1e-2)
 
 
 def test_gradcheck():
@@ -134,3 +211,49 @@ def test_golden_dino_loss_center_and_gradient_follow_the_official_steps(golden, 
         target.update()
         center = torch.from_numpy(g[f"center_after_{dtype}"][i])
         torch.testing.assert_close(target.center, center, rtol=center_tol, atol=center_tol)
+
+
+@pytest.mark.parametrize(("dtype", "tol"), [("f64", 1e-10), ("f32", 2e-6)])
+@pytest.mark.parametrize("with_local", [True, False])
+def test_golden_ibot_loss_two_centres_follow_the_official_steps(golden, dtype, tol, with_local):
+    g = golden("ibot_loss")
+    kind = torch.float64 if dtype == "f64" else torch.float32
+    suffix = dtype if with_local else f"{dtype}_nolocal"
+    batch, tau = int(g["batch"]), float(g["student_temp"])
+    num_crops, k, k_patch = int(g["ngcrops"]) * batch, g["teacher_cls"].shape[-1], g["teacher_patch"].shape[-1]
+    config = TargetConfig(centring="logit", momentum=float(g["center_momentum"]))
+    target, patch_target = Target(config, k).to(kind), Target(config, k_patch).to(kind)
+
+    def read(name, i):
+        return torch.from_numpy(g[name][i]).to(kind)
+
+    for i, epoch in enumerate(g["epochs"]):
+        temperature, patch_temperature = (
+            float(g[f"teacher_{name}_schedule"][epoch]) for name in ("temp", "patch_temp")
+        )
+        crops = [read("student_cls", i)] + [read("student_local_cls", i)] * with_local
+        student = torch.cat(crops).unflatten(0, (-1, batch)).requires_grad_()
+        probabilities = target(read("teacher_cls", i), temperature).unflatten(0, (-1, batch))
+        cls = float(g["lambda1"]) * multi_view_cross_entropy(
+            student, torch.eye(k, dtype=kind), None, probabilities, tau
+        )
+
+        masks = torch.from_numpy(g["masks_global"][i]).reshape(num_crops, -1)
+        weight = (1 / masks.sum(1).clamp_min(1).to(kind)).repeat_interleave(masks.sum(1))
+        patches, teacher_patches = read("student_patch", i).requires_grad_(), read("teacher_patch", i)
+        q = patch_target.centred(teacher_patches[masks], patch_temperature, remember=False).softmax(-1)
+        patch_target.remember_mean(teacher_patches.flatten(0, 1).mean(0), teacher_patches[..., 0].numel())
+        identity = torch.eye(k_patch, dtype=kind)
+        patch = masked_cross_entropy(patches[masks], identity, None, q, tau, weight, num_crops)
+        patch = float(g["lambda2"]) * patch
+
+        ours = [x.item() for x in (cls, patch, cls + patch)]
+        np.testing.assert_allclose(ours, g[f"cls_patch_loss_{suffix}"][i], rtol=tol)
+        gradients = torch.autograd.grad(cls + patch, (student, patches))
+        if with_local:
+            official = np.concatenate([g["grad_student_cls"][i], g["grad_student_local_cls"][i]])
+            np.testing.assert_allclose(gradients[0].flatten(0, 1), official, rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(gradients[1], g["grad_student_patch"][i], rtol=1e-4, atol=1e-6)
+        for each, name in ((target, "center"), (patch_target, "center2")):
+            each.update()
+            np.testing.assert_allclose(each.center, g[f"{name}_{suffix}"][i], rtol=tol, atol=tol)

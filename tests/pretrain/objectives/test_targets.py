@@ -1,4 +1,4 @@
-"""Centring: the three rules, two ranks, and prototypes that nobody uses."""
+"""Centring: the three rules, two ranks, and prototypes that nobody uses. Sinkhorn-Knopp has its own file."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pretrain.training import runtime
 from pretrain.training.schedules import teacher_temperature
 
 PROBABILITY_RULES = ["prob_logmean_ema", "prob_ema_log"]
+EVERY_RULE = ["logit", *PROBABILITY_RULES, "sinkhorn", "softmax_batch", "none"]
 
 
 def _target(centring, num_prototypes=7, momentum=0.9):
@@ -24,7 +25,7 @@ def _logits(rows=5, num_prototypes=7, seed=0):
     return torch.randn(rows, num_prototypes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("centring", ["logit", "prob_logmean_ema", "prob_ema_log", "none"])
+@pytest.mark.parametrize("centring", EVERY_RULE)
 def test_rows_are_distributions_and_carry_no_gradient(centring):
     target = _target(centring)
     probabilities = target(_logits().requires_grad_(), 0.07)
@@ -90,6 +91,57 @@ def test_micro_batches_move_the_centre_like_one_batch(centring):
     torch.testing.assert_close(parts.center, whole.center)
 
 
+@pytest.mark.parametrize("centring", EVERY_RULE)
+def test_a_step_without_rows_changes_nothing(centring):
+    target, logits = _target(centring), _logits()
+    target(logits, 0.07)
+    target.update()
+    center, answer = target.center.clone(), target(logits, 0.07)
+    target = _target(centring)
+    target.center.copy_(center)
+    assert target(logits[:0], 0.07).shape == (0, 7)
+    target.update()
+    target.update()
+    torch.testing.assert_close(target(logits, 0.07), answer, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("centring", ["logit", *PROBABILITY_RULES])
+def test_an_empty_micro_batch_adds_nothing(centring):
+    with_it, without = _target(centring), _target(centring)
+    for target in (with_it, without):
+        target(_logits(), 0.07)
+    with_it(_logits()[:0], 0.07)
+    for target in (with_it, without):
+        target.update()
+    torch.testing.assert_close(with_it.center, without.center, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("centring", ["logit", *PROBABILITY_RULES])
+def test_rows_that_are_not_remembered_do_not_move_the_centre(centring):
+    target = _target(centring)
+    before = target.center.clone()
+    target.centred(_logits(), 0.07, remember=False)
+    target.update()
+    torch.testing.assert_close(target.center, before, rtol=0, atol=0)
+
+
+def test_the_mean_of_the_logits_stands_for_its_rows():
+    by_rows, by_mean, logits = _target("logit"), _target("logit"), _logits(8)
+    by_rows(logits, 0.07)
+    by_mean.remember_mean(logits[:6].mean(0), 6)
+    by_mean.remember_mean(logits[6:].mean(0), 2)
+    by_mean.remember_mean(logits[:0].mean(0), 0)  # the mean of no rows is NaN
+    for target in (by_rows, by_mean):
+        target.update()
+    torch.testing.assert_close(by_mean.center, by_rows.center)
+
+
+@pytest.mark.parametrize("centring", PROBABILITY_RULES)
+def test_a_mean_probability_is_not_had_from_the_mean_of_the_logits(centring):
+    with pytest.raises(ValueError, match=f"target.centring={centring} averages probabilities"):
+        _target(centring).remember_mean(_logits().mean(0), 5)
+
+
 def test_equal_norms_make_the_vmf_normaliser_irrelevant():
     constant = torch.full((7,), -3.0, dtype=torch.float64)
     for centring in ("logit", *PROBABILITY_RULES):
@@ -99,6 +151,18 @@ def test_equal_norms_make_the_vmf_normaliser_irrelevant():
             torch.testing.assert_close(a, b)
             with_it.update()
             without.update()
+
+
+UNEVEN = [[0, 8], [5, 3], [0, 0, 8]]
+"""Rows of rank 0 and rank 1 at each step; at the last one both have none."""
+
+
+def _centre_after(centring, steps):
+    target = _target(centring)
+    for rows in steps:
+        target(rows, 0.07)
+        target.update()
+    return target.center.numpy()
 
 
 def _one_rank(rank, golden, folder):
@@ -115,7 +179,14 @@ def _one_rank(rank, golden, folder):
         losses.append(multi_view_cross_entropy(z, torch.eye(k).double(), None, probabilities, 0.1).item())
         target.update()
     log_sum = runtime.all_reduce_logsumexp(torch.tensor([-1e4 * rank, float(rank)]))
-    np.savez(f"{folder}/{rank}.npz", losses=losses, center=target.center.numpy(), log_sum=log_sum.numpy())
+    splits = [_logits(8, seed=step).split(sizes)[rank] for step, sizes in enumerate(UNEVEN)]
+    np.savez(
+        f"{folder}/{rank}.npz",
+        losses=losses,
+        center=target.center.numpy(),
+        log_sum=log_sum.numpy(),
+        **{centring: _centre_after(centring, splits) for centring in ("logit", *PROBABILITY_RULES)},
+    )
     torch.distributed.destroy_process_group()
 
 
@@ -129,3 +200,6 @@ def test_golden_dist2_dino_two_ranks_share_one_centre(golden, tmp_path):
         np.testing.assert_allclose(answer["center"], g[f"rank{rank}.center"][0], rtol=1e-5, atol=1e-7)
         expected = [0.0, math.log(sum(math.exp(r) for r in range(ranks)))]
         np.testing.assert_allclose(answer["log_sum"], expected, rtol=1e-6)
+        for centring in ("logit", *PROBABILITY_RULES):
+            single = _centre_after(centring, [_logits(8, seed=0), _logits(8, seed=1)])
+            np.testing.assert_allclose(answer[centring], single, rtol=1e-10)
