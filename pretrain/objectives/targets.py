@@ -173,9 +173,11 @@ def sinkhorn_potentials(logits: Tensor, iterations: int) -> Tensor:
         tiny = torch.finfo(kernel.dtype).tiny
 
         def column_step(v: Tensor) -> Tensor:
-            return runtime.all_reduce_sum(v @ kernel).clamp_min(tiny).reciprocal()
+            # The sum over v keeps the scale of u, which would otherwise drift by R / K at every step.
+            sums = runtime.all_reduce_sum(torch.cat([v @ kernel, v.sum()[None]]))
+            return (sums[:-1] / sums[-1].clamp_min(tiny)).clamp_min(tiny).reciprocal()
 
         u = column_step((row_top - top).exp_())
         for _ in range(iterations - 1):  # the last row step is the softmax
-            u = column_step((kernel @ u).clamp_min(tiny).reciprocal())
+            u = column_step((kernel @ u).reciprocal())  # a row's largest entry is 1: its sum is never 0
     return u.log()

@@ -42,6 +42,16 @@ def test_it_is_a_softmax_of_the_centred_logits_and_a_normaliser_enters_it():
     torch.testing.assert_close(centred.softmax(1), _plain(logits / 0.3 + normaliser, 3), rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("scale", [1.0, 10.0, 1e5])
+@pytest.mark.parametrize(("rows", "num_prototypes"), [(50, 1), (400, 8), (8, 400), (1, 50)])
+def test_many_iterations_stay_in_the_range_of_float32(rows, num_prototypes, scale):
+    logits = scale * _logits(rows, num_prototypes).float()
+    logits[: rows // 3] -= 20 * scale
+    logits[:, : num_prototypes // 4] += 30 * scale
+    answer = _target(num_prototypes, iterations=200)(logits, 1.0)
+    torch.testing.assert_close(answer.sum(1), torch.ones(rows))
+
+
 def test_many_iterations_use_every_prototype_alike():
     answer = _target(7, iterations=200).double()(_logits(), 0.3)
     torch.testing.assert_close(answer.sum(0), torch.full((7,), 20 / 7, dtype=torch.float64))
