@@ -199,8 +199,11 @@ class MaskSampler:
         share = config.ratio[0] if config.kind == "fixed" else pick_ratio(config.ratio, config.variance, rng)
         if config.kind == "block":
             return ibot_mask(grid, share * num_patches, rng, config.aspect)
+        # MSN rounds the number it keeps.
+        kept = num_patches * (1 - share)
+        count = num_patches - int(kept) if config.kind == "fixed" else int(share * num_patches)
         self._shuffler.seed(rng.getrandbits(32))
-        return random_mask(num_patches, int(share * num_patches), self._shuffler)
+        return random_mask(num_patches, count, self._shuffler)
 
     def _batch_targets(self, step: int, batch_size: int) -> Array:
         """How many patches to mask in each crop of the batch of all ranks: [masked views, batch_size]."""
