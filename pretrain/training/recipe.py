@@ -28,6 +28,7 @@ from pretrain.models.patch_head import PatchConfig
 from pretrain.objectives.losses import ObjectiveConfig
 from pretrain.objectives.regularizers import RegularizerConfig
 from pretrain.objectives.targets import TargetConfig
+from pretrain.training import ablations
 from pretrain.training.optim import OptimConfig
 from pretrain.training.runtime import RuntimeConfig
 from pretrain.training.schedules import ScheduleConfig
@@ -149,8 +150,8 @@ def resolve(
 ) -> Recipe:
     """The recipe of a method at a preset, with overrides `section.key=value`.
 
-    `method` is a name, the path of a method's .py file, or the path of a resolved recipe (.yaml), which is taken as it
-    is, without preset.
+    `method` is a name, a row of an ablation (`dino_table7/mse`), the path of a method's .py file, or the path of a
+    resolved recipe (.yaml), which is taken as it is, without preset.
 
     Raises:
         UsageError: an unknown method, preset or key (the nearest name is offered), or a value of the wrong type.
@@ -162,15 +163,20 @@ def resolve(
             raise UsageError(f"{method} is a resolved recipe: it takes no --preset or --data, only key=value")
         _merge(merged, origins, _read_yaml(Path(method)), Path(method).name)
     else:
+        preset = _choose_preset(preset, data)
+        row, layers = "", []
+        if method.partition("/")[0] in ablations.ablation_names():
+            row, (method, layers) = method, ablations.find_row(method, preset)
         file, recipe_file = methods.find_method(method)
         source = str(file) if file.parent != methods.METHODS_FOLDER else None
-        preset = _choose_preset(preset, data)
         recipe = _read_yaml(recipe_file)
         at = recipe.pop("at", {})
         _merge(merged, origins, {"method": {"name": file.stem}}, recipe_file.name)
         _merge(merged, origins, _read_yaml(PRESETS_FOLDER / f"{preset}.yaml"), f"presets/{preset}.yaml")
         _merge(merged, origins, recipe, recipe_file.name)
         _merge(merged, origins, at.get(preset, {}), f"{recipe_file.name} at {preset}")
+        for layer in [*layers, {"tracking": {"label": row}}] if row else []:
+            _merge(merged, origins, layer, row)
     command: dict[str, Any] = {}
     for text in overrides:
         _merge(command, {}, _override(text), "")
