@@ -16,7 +16,6 @@ from pretrain.training.runtime import all_reduce_sum
 from pretrain.training.schedules import Plan
 from pretrain.training.trainer import Trainer
 
-
 _HEADS: dict[Literal["image", "patch"], str] = {"image": "prototypes", "patch": "patch_prototypes"}
 FEW_PROTOTYPES = 4096
 """Up to so many, the unique ones are counted at every logging interval."""
