@@ -10,8 +10,9 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from dinobench import tracking
 from dinobench.entries import recipe_parameters, result_entry, run_description, run_name
@@ -189,6 +190,19 @@ def log_result(store: Store, run: RunFolder | None, result: Result, pretraining:
         digest = result.provenance["sha256"]
         siblings = [other for other in ResultStore(run.path).all() if other.provenance["sha256"] == digest]
     store.log_result(result_entry(result, siblings, recipe), pretraining)
+
+
+def log_figures(run: RunFolder, uri: str, files: Sequence[Path]) -> bool:
+    """Copy files to the figures of a run; False when MLflow does not have the run yet.
+
+    Raises:
+        TrackingUnavailable: the store cannot be reached.
+    """
+    store = tracking.connect(uri)
+    run_id = store.find_pretraining(run.state().key)
+    if run_id is not None:
+        store.log_files(run_id, files, "figures")
+    return run_id is not None
 
 
 def sync(run: RunFolder, uri: str) -> dict[str, str]:
