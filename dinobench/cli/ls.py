@@ -1,26 +1,30 @@
-"""`dinobench ls methods|presets|suites|datasets`."""
+"""`dinobench ls methods|ablations|presets|suites|datasets`."""
 
 from __future__ import annotations
 
 import ast
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from pretrain.training.recipe import Recipe
 
 
 class Catalogue(StrEnum):
     """What can be listed."""
 
     methods = "methods"
+    ablations = "ablations"
     presets = "presets"
     suites = "suites"
     datasets = "datasets"
 
 
 def list_catalogue(
-    what: Annotated[Catalogue, typer.Argument(help="methods, presets, suites or datasets.")],
+    what: Annotated[Catalogue, typer.Argument(help="methods, ablations, presets, suites or datasets.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """List what there is to choose from."""
@@ -28,6 +32,7 @@ def list_catalogue(
 
     entries = {
         Catalogue.methods: methods,
+        Catalogue.ablations: ablations,
         Catalogue.presets: presets,
         Catalogue.suites: suites,
         Catalogue.datasets: datasets,
@@ -39,10 +44,49 @@ def list_catalogue(
 
 
 def methods() -> list[dict[str, str]]:
-    """Methods with the first sentence of their file."""
+    """Methods with what their files say of themselves, and the parts their recipes are made of."""
     from pretrain.methods.method import find_method, method_names
+    from pretrain.training.recipe import resolve
 
-    return [{"name": name, "description": first_line(find_method(name)[0])} for name in method_names()]
+    entries = []
+    for name in method_names():
+        source, _ = find_method(name)
+        about = {"name": name, "what": first_line(source), "paper": "", "objective": ""}
+        about |= {key: value for key, value in docstring_fields(source).items() if key in about}
+        entries.append({**about, "parts": parts(resolve(name, preset="imagenet_vits16"))})
+    return entries
+
+
+def parts(recipe: Recipe) -> str:
+    """What a recipe is made of, in the words of its switches."""
+    head, regularizer = recipe.head, recipe.regularizer
+    found = []
+    if head.num_prototypes:
+        normaliser = {"none": "", "vmf": " + log C_p", "vmf_leading": " + leading log C_p"}[head.normaliser]
+        magnitude = " (trained norms)" if head.train_magnitude else ""
+        found += [f"{head.prototypes} prototypes{magnitude}{normaliser}", f"{recipe.target.centring} targets"]
+    if recipe.patch.weight:
+        found.append(f"patch loss ({recipe.patch.head} head)")
+    terms = {"koleo": "KoLeo", "koleo_proto": "KoLeo on prototypes", "mean_entropy": "me-max", "gram": "Gram"}
+    found += [text for key, text in terms.items() if getattr(regularizer, key)]
+    found += ["squared error"] if recipe.objective.loss == "mse" else []
+    found += ["predictor"] if recipe.objective.predictor else []
+    found.append("no teacher" if recipe.teacher.kind == "none" else f"{recipe.teacher.kind} teacher")
+    return ", ".join(found)
+
+
+def ablations() -> list[dict[str, str]]:
+    """Ablations and their rows; `dinobench pretrain ABLATION/ROW` trains one."""
+    from pretrain.training.ablations import ABLATIONS_FOLDER, ablation_names, row_names
+
+    return [
+        {
+            "ablation": name,
+            "rows": ", ".join(row_names(name, "imagenet_vits16")),
+            "description": first_comment(ABLATIONS_FOLDER / f"{name}.yaml"),
+        }
+        for name in ablation_names()
+    ]
 
 
 def presets() -> list[dict[str, str]]:
@@ -82,6 +126,13 @@ def datasets() -> list[dict[str, str]]:
 def first_line(source: Path) -> str:
     """The first line of a Python file's docstring, read without running the file."""
     return (ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+
+
+def docstring_fields(source: Path) -> dict[str, str]:
+    """The lines `Paper: ...` and `Objective: ...` of a Python file's docstring, without running the file."""
+    lines = (ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or "").splitlines()
+    split = (line.partition(": ") for line in lines)
+    return {key.lower(): value for key, colon, value in split if colon and key in ("Paper", "Objective")}
 
 
 def first_comment(source: Path) -> str:

@@ -3,9 +3,9 @@
 Paper: Zhou et al., ICLR 2022, arXiv 2111.07832
 Objective: DINO between views, plus cross-entropy of teacher and student on the student's masked patches of one view
 
-The student sees its global views with blocks of patches replaced by a learned token, the teacher sees them whole. DINO's
-loss compares the [CLS] tokens across views; the patch loss compares each masked patch with the teacher's token at that
-place of the *same* view (eq. 2; official iBOTLoss):
+The student sees its global views with blocks of patches replaced by a learned token, the teacher sees them whole. The
+loss of DINO compares the [CLS] tokens across views; the patch loss compares each masked patch with the teacher's token
+at that place of the *same* view (eq. 2; official iBOTLoss):
 
     L = lambda_1 L_cls + lambda_2 L_patch
     L_patch = mean_{g, b} (1 / max(1, |M_gb|)) sum_{i in M_gb} -p_i . log q_i       M_gb: masked patches of a crop

@@ -42,7 +42,8 @@ class Method(nn.Module):
     """What the loop needs from a method. Everything a checkpoint must hold is in `state_dict()`.
 
     `student` is what the optimiser trains, with `backbone.*` and `head.*` below it; `teacher` is evaluated.
-    The loop calls, per step: `before_step`, `loss` (once per micro-batch), backward, `before_update`, the optimiser, `after_step`.
+    The loop calls, per step: `before_step`, `loss` (once per micro-batch), backward, `before_update`, the optimiser,
+    `after_step`.
     """
 
     Parameters: ClassVar[type[BaseModel]] = NoParameters

@@ -165,7 +165,7 @@ def resolve(
     else:
         preset = _choose_preset(preset, data)
         row, layers = "", []
-        if method.partition("/")[0] in ablations.ablation_names():
+        if not method.endswith(".py") and ("/" in method or method in ablations.ablation_names()):
             row, (method, layers) = method, ablations.find_row(method, preset)
         file, recipe_file = methods.find_method(method)
         source = str(file) if file.parent != methods.METHODS_FOLDER else None

@@ -35,7 +35,19 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", [(), ("pretrain",), ("eval",), ("ls",), ("runs",), ("runs", "ls"), ("runs", "sync"), ("show",), ("ui",)]
+    "verb",
+    [
+        (),
+        ("pretrain",),
+        ("eval",),
+        ("figure",),
+        ("ls",),
+        ("runs",),
+        ("runs", "ls"),
+        ("runs", "sync"),
+        ("show",),
+        ("ui",),
+    ],
 )
 def test_every_verb_has_help(verb: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert app.run([*verb, "--help"]) == 0

@@ -56,7 +56,7 @@ def test_identity_is_the_start_of_the_hash_of_the_dump():
         ({"method": "dino", "overrides": ["optim.lr"]}, "not of the form section.key=value"),
         ({"method": "dino", "overrides": ["optim=3"]}, "optim is a section"),
         ({"method": "dino", "overrides": ["method.parameters.alpha=3"]}, "alpha"),
-        ({"method": "dino", "overrides": ["head.num_prototypes=0"]}, "greater than or equal to 2"),
+        ({"method": "dino", "overrides": ["head.num_prototypes=1"]}, "leaves nothing to choose"),
         ({"method": "nowhere/dino.py"}, "no method file"),
         ({"method": "nowhere.yaml"}, "cannot read the recipe"),
     ],
