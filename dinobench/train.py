@@ -80,13 +80,23 @@ def pretrain(recipe: Recipe, request: Request, reporter: Reporter) -> Summary | 
         reporter.say(f"run folder {run.path}")
         checkpoints = run.kept_checkpoints()
         settings = Evaluation(output=request.output, device=recipe.runtime.device)
-        todo = suites if request.evaluate else []
+        todo = _applicable(suites, recipe, reporter.say) if request.evaluate else []
         shown = run.state().mirrored or not recipe.tracking.enabled
         if not job.train and shown and not missing(checkpoints, todo, settings):
             reporter.say("this recipe is finished here: nothing to train (--new starts another run)")
             results, failures = _evaluate(run, todo, settings, None, lambda text: None)
             return Summary(run, run.state(), False, results, failures)
         return _Session(recipe, request, reporter, run, runtime).work(job, todo, settings)
+
+
+def _applicable(suites: list[Suite], recipe: Recipe, say: Callable[[str], None]) -> list[Suite]:
+    """The suites that say something about the checkpoints of this recipe."""
+    if recipe.head.num_prototypes:
+        return suites
+    for suite in suites:
+        if suite.needs_prototypes:
+            say(f"{suite.id} does not apply: {recipe.method.name} has no prototypes")
+    return [suite for suite in suites if not suite.needs_prototypes]
 
 
 def _follow(recipe: Recipe, runtime: Runtime) -> None:

@@ -78,7 +78,7 @@ def _applies(name: str, setting: Setting) -> bool:
         return False
     if name == "random_init":
         return setting.model.provenance.get("model") is not None
-    if _needs_head(setting):
+    if setting.suite.needs_prototypes:
         return False
     return all(max(images.image(0).size) <= MAX_SIDE for images in (setting.train, setting.test))
 
@@ -101,12 +101,8 @@ def _key(name: str, setting: Setting) -> str:
 def _recipe_of_weights(setting: Setting) -> dict[str, Any]:
     """What the random weights are drawn from."""
     config = {k: v for k, v in setting.model.provenance["model"].items() if k not in _NOT_THE_FUNCTION}
-    head = setting.model.head.config.model_dump() if _needs_head(setting) and setting.model.head else None
+    head = setting.model.head.config.model_dump() if setting.suite.needs_prototypes and setting.model.head else None
     return {"model": config, "head": head, "torch": torch.__version__}
-
-
-def _needs_head(setting: Setting) -> bool:
-    return getattr(protocol_module(setting.suite.protocol), "NEEDS_HEAD", False)
 
 
 def _pixels(name: str, setting: Setting) -> dict[str, float] | None:
@@ -170,7 +166,7 @@ def random_models(setting: Setting) -> Iterator[LoadedModel]:
             torch.manual_seed(seed)
             backbone = create_backbone(config, drop_path=0.0).eval()
             head = None
-            if _needs_head(setting) and setting.model.head is not None:
+            if setting.suite.needs_prototypes and setting.model.head is not None:
                 head = ProjectionHead(feature_dim(backbone), setting.model.head.config).eval()
         weights = content_key(random_init=seed, model=source["model"], torch=source["torch"])
         provenance = {"path": f"random init (seed {seed})", "weights_sha256": weights, "model": source["model"]}

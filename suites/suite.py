@@ -79,7 +79,7 @@ class Suite(BaseModel):
             module.Parameters.model_validate(self.parameters)
         except ValidationError as error:
             raise UsageError(f"suite {self.name!r}: {_explain(error, 'parameters')}") from None
-        if getattr(module, "NEEDS_HEAD", False) and self.feature != "cls":
+        if self.needs_prototypes and self.feature != "cls":
             raise UsageError(
                 f"suite {self.name!r}: protocol {self.protocol!r} applies the head to the backbone's own features: "
                 f"expected feature cls, found {self.feature!r}"
@@ -89,6 +89,11 @@ class Suite(BaseModel):
     @property
     def id(self) -> str:
         return f"{self.name}@{self.version}"
+
+    @property
+    def needs_prototypes(self) -> bool:
+        """Whether the protocol says nothing about a checkpoint without prototypes."""
+        return getattr(protocol_module(self.protocol), "NEEDS_HEAD", False)
 
     def resolved_parameters(self) -> Any:
         """The protocol's Parameters with this suite's values."""

@@ -54,8 +54,8 @@ class Parameters(ProtocolParameters):
 
 def run(train: Split, test: Split, parameters: Parameters, context: Context) -> Outcome:
     """Assign train [N, D] and test [M, D] features to the prototypes of the checkpoint's head and count."""
-    if context.model is None or context.model.head is None:
-        raise DinobenchError("the prototypes suite needs a head with prototypes; this checkpoint holds a backbone only")
+    if context.model is None or context.model.head is None or context.model.prototypes is None:
+        raise DinobenchError("the prototypes suite needs a head with prototypes; this checkpoint has none")
     temperature = parameters.temperature or context.model.temperature
     if temperature is None:
         raise DinobenchError(

@@ -171,3 +171,14 @@ def test_a_kill_after_the_training_leaves_no_open_page(
     assert mirrors[1].finished == ["finished"]
     pretrain(tracked)
     assert len(mirrors) == 2, "nothing is left to bring up to date"
+
+
+def test_suites_about_prototypes_are_left_out_for_a_method_without_and_said_so():
+    from suites.suite import load_suite
+
+    suites = [load_suite(name) for name in ("digits_knn", "digits_prototypes")]
+    said: list[str] = []
+    assert train._applicable(suites, resolve("dino"), said.append) == suites and not said
+    kept = train._applicable(suites, resolve("dino", overrides=["head.num_prototypes=0"]), said.append)
+    assert [suite.name for suite in kept] == ["digits_knn"]
+    assert said == ["digits_prototypes@1 does not apply: dino has no prototypes"]
