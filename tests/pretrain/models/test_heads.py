@@ -161,3 +161,30 @@ def test_xavier_init_starts_larger() -> None:
     assert isinstance(first, Tensor)
     assert float(first.detach().std()) == pytest.approx((2 / (64 + 128)) ** 0.5, rel=0.05)
     assert not head.mlp.get_submodule("0").bias.any()  # type: ignore[union-attr, operator]
+
+
+def test_golden_dinov2_head(golden: Golden) -> None:
+    """DINOv2's head is DINO's with trained magnitudes; its norm is guarded by 1e-6 in half precision only."""
+    reference = {key: torch.from_numpy(array) for key, array in golden("dinov2_head").items()}
+    state = {key.removeprefix("sd."): value for key, value in reference.items() if key.startswith("sd.")}
+    config = HeadConfig(
+        hidden=state["mlp.0.weight"].shape[0],
+        bottleneck=state["mlp.4.weight"].shape[0],
+        num_prototypes=state["last_layer.weight_v"].shape[0],
+        train_magnitude=True,
+    )
+    head = ProjectionHead(state["mlp.0.weight"].shape[1], config)
+    assert [p.requires_grad for _, p in head.named_parameters()] == reference["requires_grad"].tolist()
+    head.load_state_dict(state)
+    with torch.no_grad():
+        torch.testing.assert_close(head(reference["x"]), reference["y"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_a_head_without_prototypes_has_an_mlp_only(activation: str) -> None:
+    sizes = {"hidden": 16, "bottleneck": 8, "num_prototypes": 0, "init": "xavier", "final_batch_norm": True}
+    head = ProjectionHead(12, HeadConfig.model_validate({**sizes, "activation": activation}))
+    assert head.last_layer is None and not any("last_layer" in name for name in head.state_dict())
+    m = head.mlp(torch.randn(32, 12))
+    torch.testing.assert_close(m.mean(0), torch.zeros(8), atol=1e-5, rtol=0)
+    torch.testing.assert_close(m.var(0, unbiased=False), torch.ones(8), atol=1e-2, rtol=0)
