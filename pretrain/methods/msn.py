@@ -31,7 +31,6 @@ from pretrain.methods.dino import Dino
 from pretrain.models.backbones import has_patch_tokens
 from pretrain.models.network import Outputs
 from pretrain.objectives.losses import multi_view_cross_entropy
-from pretrain.objectives.regularizers import mean_entropy
 from pretrain.training.recipe import Recipe
 from pretrain.training.schedules import Plan
 from pretrain.training.teacher import copy_student
@@ -60,15 +59,7 @@ class Msn(Dino):
 
     def parts(self, student: Outputs, teacher: Outputs, batch: Batch, step: int) -> dict[str, Tensor]:
         assert student.vectors is not None
-        parts = super().parts(student, teacher._replace(vectors=student.vectors.detach()), batch, step)
-        if self.recipe.regularizer.mean_entropy:
-            tau = self.recipe.objective.student_temperature
-            parts["loss/mean_entropy"] = mean_entropy(student.z.flatten(0, 1) @ student.vectors.T / tau)
-        return parts
-
-    def weights(self) -> dict[str, float]:
-        weight = self.recipe.regularizer.mean_entropy
-        return super().weights() | ({"loss/mean_entropy": weight} if weight else {})
+        return super().parts(student, teacher._replace(vectors=student.vectors.detach()), batch, step)
 
     def image_loss(self, student: Outputs, target: Tensor) -> Tensor:
         """Mean over anchors and images: target [1, B, K] -> scalar."""

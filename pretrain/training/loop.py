@@ -51,18 +51,7 @@ def train(
     """
     runtime = Runtime.start(recipe.runtime)
     local_batch_size(recipe.optim.batch_size, runtime.world_size, recipe.runtime.accumulate)
-    loader = Loader(
-        recipe.data.open(),
-        recipe.views,
-        batch_size=recipe.optim.batch_size,
-        seed=recipe.seed,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        workers=recipe.runtime.workers,
-        device=runtime.device,
-        masks=recipe.masks,
-        grid=_patch_grid(recipe),
-    )
+    loader = create_loader(recipe, runtime)
     plan = Plan(recipe.schedule.epochs, recipe.schedule.steps_per_epoch or loader.steps_per_epoch)
     trainer = Trainer(recipe, runtime, plan)
     files = CheckpointFolder(folder / "checkpoints", recipe.checkpoint.keep, writes=runtime.is_main)
@@ -91,6 +80,27 @@ def train(
             if interrupted:
                 return Outcome("interrupted", done, meter.seconds, meter.mean_rate, files.kept(), stop.name)
     return Outcome("finished", plan.total_steps, meter.seconds, meter.mean_rate, files.kept(), meter.note)
+
+
+def create_loader(recipe: Recipe, runtime: Runtime) -> Loader:
+    """Views, and masks where the recipe has them, for this rank.
+
+    Raises:
+        DinobenchError: the data cannot be opened.
+        UsageError: fewer images than a batch, or masks for a backbone without patches.
+    """
+    return Loader(
+        recipe.data.open(),
+        recipe.views,
+        batch_size=recipe.optim.batch_size,
+        seed=recipe.seed,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        workers=recipe.runtime.workers,
+        device=runtime.device,
+        masks=recipe.masks,
+        grid=_patch_grid(recipe),
+    )
 
 
 def _patch_grid(recipe: Recipe) -> tuple[int, int] | None:
