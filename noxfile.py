@@ -92,7 +92,7 @@ def gpu(session: nox.Session) -> None:
 
 @nox.session(venv_backend=BACKEND, default=False)
 def bench(session: nox.Session) -> None:
-    """Speed against the official code: `-- --reference DIR`, a checkout of facebookresearch/dino (see `-- --help`)."""
+    """Cost of our methods beside DINO; against the official code with `-- --reference DIR` (see `-- --help`)."""
     _install_project(session)
     _python(session, "tests/bench/run.py", *session.posargs)
 

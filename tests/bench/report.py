@@ -11,7 +11,7 @@ import platform
 import re
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -23,6 +23,9 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn", "
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One comparison: the first contestant is the opponent, the others are ours."""
+
+    HEAD: ClassVar = ("bench", "setting", "contestant", "time (median)", "times faster (range)", "wall", "target")
+    """The columns of `lines`."""
 
     bench: str
     setting: dict[str, Any]
@@ -49,8 +52,7 @@ class Row:
 
     def lines(self) -> list[list[str]]:
         """Table lines: bench, setting, contestant, time per unit, times faster (range), wall times faster, target."""
-        setting = " ".join(f"{key}={value}" for key, value in self.setting.items() if key != "device")
-        opponent, *ours = self.times
+        setting, (opponent, *ours) = self._setting(), self.times
         lines = [[self.bench, setting, opponent, self._time(opponent), "1", "1", ""]]
         for name in ours:
             faster, wall = self.ratios(self.clock)[name], self.ratios("wall")[name]
@@ -60,16 +62,63 @@ class Row:
             lines.append([self.bench, setting, name, self._time(name), spread, f"{wall['median']:.2f}", verdict])
         return lines
 
+    def _setting(self) -> str:
+        return " ".join(f"{key}={value}" for key, value in self.setting.items() if key != "device")
+
     def _time(self, name: str) -> str:
         return f"{self.times[name].summary()[self.clock]['median'] * 1e3:.4g} ms per {self.unit}"
+
+
+@dataclasses.dataclass(frozen=True)
+class CostRow(Row):
+    """One comparison of what our own training steps cost: time and memory as multiples of the first contestant's."""
+
+    HEAD: ClassVar = (
+        "bench", "setting", "contestant", "images per second", "time (median)", "times the time (range)", "wall",
+        "peak memory", "times the memory",
+    )  # fmt: skip
+    images: int
+    """Of a unit of work."""
+    memory: dict[str, float]
+    """Contestant -> peak memory, MiB (see cost.py)."""
+
+    def costs(self, clock: str) -> dict[str, dict[str, float]]:
+        first = next(iter(self.times))
+        return {name: ratio(times, self.times[first], clock) for name, times in self.times.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        record = super().to_dict()
+        del record["times_faster"]
+        first = next(iter(self.memory.values()))
+        return record | {
+            "times_the_time": {clock: self.costs(clock) for clock in ("cpu", "wall")},
+            "images_per_second": {name: self._rate(name) for name in self.times},
+            "peak_mebibytes": self.memory,
+            "times_the_memory": {name: peak / first for name, peak in self.memory.items()},
+        }
+
+    def lines(self) -> list[list[str]]:
+        """Table lines, in the columns of HEAD."""
+        setting, first = self._setting(), next(iter(self.memory.values()))
+        lines = []
+        for name, peak in self.memory.items():
+            cost, wall = self.costs(self.clock)[name], self.costs("wall")[name]
+            spread = f"{cost['median']:.2f} ({cost['min']:.2f} to {cost['max']:.2f})"
+            time, rate = self._time(name), f"{self._rate(name):.4g}"
+            memory = [f"{peak:.0f} MiB", f"{peak / first:.2f}"]
+            lines.append([self.bench, setting, name, rate, time, spread, f"{wall['median']:.2f}", *memory])
+        return lines
+
+    def _rate(self, name: str) -> float:
+        return self.images / self.times[name].summary()[self.clock]["median"]
 
 
 class Report:
     """Collects rows; writes `<folder>/<date>-<machine>.json` after each and the Markdown table with it."""
 
-    def __init__(self, folder: Path | None, machine: str | None, *, judged: bool = True):
+    def __init__(self, folder: Path | None, machine: str | None, *, judged: bool = True, note: str = ""):
         self.rows: list[Row] = []
-        self.judged = judged
+        self.judged, self.note = judged, note
         self.machine = machine or machine_name()
         self.path = folder / f"{datetime.date.today():%Y-%m-%d}-{self.machine}.json" if folder else None
 
@@ -81,22 +130,29 @@ class Report:
             print("  ".join(line), flush=True)
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            record = {"environment": environment(), "rows": [row.to_dict() for row in self.rows]}
+            rows = [row.to_dict() for row in self.rows]
+            record = {"environment": environment(), "note": self.note, "rows": rows}
             self.path.write_text(json.dumps(record, indent=1) + "\n")
             self.path.with_suffix(".md").write_text(self.markdown())
 
     def markdown(self) -> str:
         found = environment()
         versions = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
-        head = ["bench", "setting", "contestant", "time (median)", "times faster (range)", "wall", "target"]
-        table = [head, ["---"] * len(head), *(line for row in self.rows for line in row.lines())]
+        tables = "\n".join(self._table(kind) for kind in (Row, CostRow) if self._of(kind))
         return (
             f"# Benchmark, {datetime.date.today():%Y-%m-%d}, {found['processor']}, {found['cores']} cores\n\n"
             f"Code {found['commit']}; {versions}. Contestants take turns in one process after an equality\n"
             "check. Process CPU time on a CPU, wall time on a GPU; the ratio is the median over rounds.\n\n"
-            + "\n".join("| " + " | ".join(cells) + " |" for cells in table)
-            + "\n"
+            + (f"{self.note}\n\n" if self.note else "")
+            + tables
         )
+
+    def _of(self, kind: type[Row]) -> list[Row]:
+        return [row for row in self.rows if type(row) is kind]
+
+    def _table(self, kind: type[Row]) -> str:
+        table = [kind.HEAD, ["---"] * len(kind.HEAD), *(line for row in self._of(kind) for line in row.lines())]
+        return "".join("| " + " | ".join(cells) + " |\n" for cells in table)
 
 
 def environment() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -14,7 +15,7 @@ from pretrain.data.datasets import DataConfig, ImageSet
 from pretrain.data.loader import Batch, Loader
 from pretrain.data.views import ViewsConfig
 from pretrain.methods.dino import Dino
-from pretrain.models.backbones import ModelConfig
+from pretrain.models.backbones import ModelConfig, patch_grid
 from pretrain.models.heads import HeadConfig
 from pretrain.training.optim import OptimConfig
 from pretrain.training.recipe import MethodConfig, Recipe
@@ -38,7 +39,8 @@ class Setting:
 
     prototypes: int = 1024
     batch: int = 32
-    precision: str = "fp32"
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """fp64 only for equality checks."""
     device: str = "cpu"
     global_size: int = 32
     local_size: int = 16
@@ -56,7 +58,8 @@ class Setting:
     def views(self) -> ViewsConfig:
         return ViewsConfig(global_size=self.global_size, local=self.num_local, local_size=self.local_size)
 
-    def recipe(self, data: DataConfig, drop_path: float) -> Recipe:
+    def recipe(self, drop_path: float) -> Recipe:
+        """DINO at these sizes."""
         kwargs = {
             "img_size": self.global_size,
             "patch_size": self.patch,
@@ -66,7 +69,7 @@ class Setting:
         }
         return Recipe(
             method=MethodConfig(name="dino"),
-            data=data,
+            data=DataConfig(),
             views=self.views(),
             model=ModelConfig(
                 name="vit_tiny_patch16_224", kwargs=kwargs, drop_path=drop_path, pos_interpolation="dino"
@@ -83,18 +86,27 @@ class Setting:
             ),
             teacher=TeacherConfig(momentum=self.momentum, momentum_end=self.momentum),
             schedule=ScheduleConfig(epochs=100, warmup_epochs=0),
-            runtime=RuntimeConfig(device=self.device, precision="bf16" if self.precision == "bf16" else "fp32"),
+            runtime=RuntimeConfig(device=self.device, precision=self.precision),
         )
 
 
 class OurTraining:
     """Our loop without logging, checkpoints and progress, which happen between steps."""
 
-    def __init__(self, setting: Setting, images: ImageSet, drop_path: float):
-        recipe = setting.recipe(DataConfig(), drop_path)
-        runtime = Runtime.start(recipe.runtime)
-        loader = Loader(images, recipe.views, batch_size=setting.batch, seed=0, workers=0, device=runtime.device)
-        self.trainer = Trainer(recipe, runtime, Plan(100, loader.steps_per_epoch))
+    def __init__(self, recipe: Recipe, images: ImageSet):
+        runtime, batch_size = Runtime.start(recipe.runtime), recipe.optim.batch_size
+        self.trainer = Trainer(recipe, runtime, Plan(100, len(images) // batch_size))
+        grid = patch_grid(self.trainer.method.backbone(), recipe.views.global_size)
+        loader = Loader(
+            images,
+            recipe.views,
+            batch_size=batch_size,
+            seed=0,
+            workers=0,
+            device=runtime.device,
+            masks=recipe.masks,
+            grid=grid,
+        )
         self.batches: Iterator[Batch] = loader.batches(0)
 
     @property
@@ -112,7 +124,7 @@ def measure(
     report: Report, *, reference: Reference | None, images: ImageSet, setting: Setting, rounds: int, units: int
 ) -> None:
     """One row: seconds per step of `setting.batch` images."""
-    ours = OurTraining(setting, images, drop_path=0.1)
+    ours = OurTraining(setting.recipe(drop_path=0.1), images)
     contestants = {"ours": lambda: ours.steps(units)}
     gate: dict[str, float] = {}
     if reference:
@@ -140,7 +152,7 @@ def check_equal(
     Raises:
         SystemExit: they do not; then no time is worth printing.
     """
-    ours = OurTraining(setting, images, drop_path=0.0)
+    ours = OurTraining(setting.recipe(drop_path=0.0), images)
     official = OfficialTraining(reference, setting, pictures, drop_path=0.0)
     names = _copy_weights(official.student, ours.method.student)
     _copy_weights(official.teacher, ours.method.teacher)

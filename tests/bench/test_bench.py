@@ -19,5 +19,40 @@ def test_tiny_benchmark_writes_every_row(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (record,) = tmp_path.glob("*-here.json")
     rows = json.loads(record.read_text())["rows"]
-    assert {row["bench"] for row in rows} == {"augmentation", "knn", "step"}
+    assert {row["bench"] for row in rows} == {"augmentation", "knn", "step", "methods", "patch_head"}
     assert "| step |" in record.with_suffix(".md").read_text()
+
+
+@pytest.mark.slow
+def test_peak_memory_counts_what_is_held_together() -> None:
+    program = """
+import torch
+from cost import peak_mebibytes
+def work():
+    first, second = torch.empty(10 * 2**18), torch.empty(20 * 2**18)  # MiB of float32
+    del first
+    third = torch.empty(5 * 2**18)
+print(peak_mebibytes(work, "cpu"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=SCRIPT.parent, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == 30
+
+
+@pytest.mark.slow
+def test_a_step_that_is_not_the_same_is_not_timed() -> None:
+    program = """
+import patch_head
+from pretrain.data.datasets import open_dataset
+from step import Setting
+plain = patch_head.Plain.patch_loss
+patch_head.Plain.patch_loss = lambda *arguments: plain(*arguments) * 1.0001
+patch_head.check_equal(open_dataset("digits", "train").resized(32), Setting(prototypes=64, batch=8))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=SCRIPT.parent, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert "nothing was timed" in done.stderr
