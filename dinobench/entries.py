@@ -23,9 +23,9 @@ PARAMETERS = {
     "prototypes": "head.prototypes",
     "num_prototypes": "head.num_prototypes",
     "normaliser": "head.normaliser",
-    "batch_norm": "head.batch_norm",
     "centring": "target.centring",
-    "local_crops": "views.local",
+    "patch_weight": "patch.weight",
+    "teacher": "teacher.kind",
     "seed": "seed",
 }
 BASELINES = {"raw_pixels": "raw pixels", "pca": "PCA", "random_init": "random init"}
@@ -35,7 +35,12 @@ BASELINES = {"raw_pixels": "raw pixels", "pca": "PCA", "random_init": "random in
 def recipe_parameters(recipe: dict[str, Any]) -> dict[str, str]:
     """The parameters of a recipe that tell runs apart, as MLflow wants them: short strings."""
     values = {name: _dig(recipe, dotted) for name, dotted in PARAMETERS.items()}
-    return {name: str(value) for name, value in values.items() if value is not None}
+    return {name: str(value) for name, value in values.items() if value not in (None, "")}
+
+
+def row_label(recipe: dict[str, Any]) -> str:
+    """`ablation/row` of a recipe that is one, else empty."""
+    return _dig(recipe, "tracking.label") or ""
 
 
 def run_name(method: str, seed: object, *rest: object) -> str:
@@ -80,13 +85,14 @@ def result_entry(result: Result, siblings: Sequence[Result], recipe: dict[str, A
         version=result.version,
         suite=result.suite,
         checkpoint=str(facts["sha256"]),
-        name=run_name(method, facts.get("seed"), f"ep{facts.get('epoch')}", arch),
+        name=run_name(row_label(recipe or {}) or method, facts.get("seed"), f"ep{facts.get('epoch')}", arch),
         step=int(facts.get("step") or 0),
         metrics=metrics,
         headline=result.metric(result.headline),
         params=params,
         tags={
             "method": method,
+            "row": row_label(recipe or {}),
             "backbone": arch,
             "checkpoint.path": result.checkpoint,
             "checkpoint.epoch": str(facts.get("epoch")),

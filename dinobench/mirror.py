@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinobench import tracking
-from dinobench.entries import recipe_parameters, result_entry, run_description, run_name
+from dinobench.entries import recipe_parameters, result_entry, row_label, run_description, run_name
 from dinobench.journal import Point
 from dinobench.results import Result, ResultStore
 from dinobench.runs import RunFolder, describe_status
@@ -159,16 +159,17 @@ def open_pretraining(store: Store, run: RunFolder) -> str:
     recipe = run.recipe()
     params = recipe_parameters(recipe)
     arch = run.name.removeprefix(f"{params['method']}-").partition("-s")[0]
+    row = row_label(recipe)
     tags = {
         "method": params["method"],
+        "row": row,
         "data.train": params.get("train_data", ""),
         "run.folder": str(run.path.absolute()),
     }
     key = run.state().key
     new = store.find_pretraining(key) is None
-    run_id = store.pretraining_run(
-        key, run_name(params["method"], params.get("seed", 0), arch), params, tags, run_description(run, [])
-    )
+    name = run_name(row or params["method"], params.get("seed", 0), arch)
+    run_id = store.pretraining_run(key, name, params, tags, run_description(run, []))
     if new:
         store.log_dataset(run_id, params.get("train_data", "data"), "unknown", "train")
         files = [run.recipe_file, run.path / "environment.json"]

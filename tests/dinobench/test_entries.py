@@ -6,7 +6,7 @@ import pytest
 
 from dinobench import entries
 from dinobench.results import Result
-from pretrain.training.recipe import Recipe
+from pretrain.training.recipe import Recipe, resolve
 
 
 def test_a_recipe_gives_ten_to_fifteen_short_parameters(recipe: Recipe) -> None:
@@ -18,6 +18,12 @@ def test_a_recipe_gives_ten_to_fifteen_short_parameters(recipe: Recipe) -> None:
 
 def test_names_begin_with_what_differs(make_result: Callable[..., Result]) -> None:
     assert entries.result_entry(make_result(), [], None).name == "dino/s0/ep2/vits16"
+
+
+def test_a_row_of_an_ablation_is_named_by_it(make_result: Callable[..., Result]) -> None:
+    recipe = resolve("dino_table7/mse").model_dump(mode="json")
+    entry = entries.result_entry(make_result(), [], recipe)
+    assert entry.name.startswith("dino_table7/mse/s0") and entry.tags["row"] == "dino_table7/mse"
 
 
 def test_a_checkpoint_of_unknown_origin_still_has_a_name(make_result: Callable[..., Result]) -> None:
