@@ -19,9 +19,17 @@ if TYPE_CHECKING:
 
 CURVES = {
     "loss": ("loss/total", "loss/over_lnK", "loss/kl"),
+    "parts": ("loss/image", "loss/patch", "loss/koleo", "loss/koleo_proto", "loss/mean_entropy", "loss/gram"),
     "health": ("health/target_entropy", "health/mean_target_entropy", "health/information"),
-    "features": ("health/feature_std", "health/effective_rank"),
-    "prototypes": ("prototypes/used", "prototypes/unique", "prototypes/kappa_q50"),
+    "patch": ("patch/target_entropy", "patch/mean_target_entropy", "patch/information"),
+    "features": ("health/feature_std", "health/effective_rank", "contrast/alignment", "contrast/uniformity"),
+    "prototypes": ("prototypes/used", "prototypes/unique", "prototypes/redundancy", "prototypes/kappa_q50"),
+    "patch_prototypes": (
+        "patch_prototypes/used",
+        "patch_prototypes/unique",
+        "patch_prototypes/redundancy",
+        "patch_prototypes/kappa_q50",
+    ),
 }
 """Figure -> the metrics it draws, one panel each."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
