@@ -11,8 +11,8 @@ at that place of the *same* view (eq. 2; official iBOTLoss):
     L_patch = mean_{g, b} (1 / max(1, |M_gb|)) sum_{i in M_gb} -p_i . log q_i       M_gb: masked patches of a crop
 
 Both have their own centre and teacher temperature. The centre of the patches is the mean over all patches, masked or
-not. Only masked patches go through the student's prototypes; with logit centring the teacher's too, because the mean of
-the logits is the mean of z times W.
+not. Only masked patches go through the student's prototypes, and through the teacher's for targets; with logit centring
+not for the centre either, because the mean of the logits is the mean of z times W.
 
 Shapes: G = 2 masked views, B images, N patches, M masked patches of all G x B crops, K' patch prototypes.
 """
@@ -29,7 +29,7 @@ from pretrain.methods.dino import Dino
 from pretrain.methods.siamese import NUM_TEACHER_VIEWS
 from pretrain.models.backbones import create_backbone, masked_tokens
 from pretrain.models.network import Outputs
-from pretrain.objectives.losses import masked_cross_entropy
+from pretrain.objectives.losses import masked_cross_entropy, max_chunk_logits
 from pretrain.objectives.regularizers import gram_loss
 from pretrain.objectives.targets import Target
 from pretrain.training.recipe import Recipe
@@ -52,8 +52,6 @@ class Ibot(Dino):
         config = recipe.patch.target_config(recipe.target)
         assert self.student.patch_config is not None
         self.patch_target = Target(config, self.student.patch_config.num_prototypes)
-        # Of all patches only the mean logit is needed, and that is linear in z.
-        self._mean_is_enough = config.centring == "logit" and recipe.patch.center_tokens == "all"
         self._patch_temperatures = teacher_temperatures(config, plan, recipe.masks.start_epoch)
         self.gram_teacher = create_backbone(recipe.model).requires_grad_(False) if recipe.regularizer.gram else None
 
@@ -106,16 +104,22 @@ class Ibot(Dino):
         assert z is not None and vectors is not None
         tau = self.patch_temperature(step)
         normaliser = self.teacher.patch_log_normaliser(tau, vectors)
-        if self._mean_is_enough:
-            self.patch_target.remember_mean(z.mean(0) @ vectors.T, len(z))
+        all_patches = self.recipe.patch.center_tokens == "all"
+        if all_patches:
+            self._center_on(z, vectors, tau, normaliser)
             z = z.index_select(0, masks.index)
-        logits = self.patch_target.centred(z @ vectors.T, tau, normaliser, remember=not self._mean_is_enough)
-        if len(z) > len(masks.index):
-            logits = logits.index_select(0, masks.index)
+        logits = self.patch_target.centred(z @ vectors.T, tau, normaliser, remember=not all_patches)
         target = logits.softmax(-1)
         assert self.health.patch is not None
         self.health.patch.observe(target, logits)
         return target
+
+    def _center_on(self, z: Tensor, vectors: Tensor, tau: float, normaliser: Tensor | None) -> None:
+        """Let every patch [G B N, P'] enter the centre; their logits, where they are needed, a part at a time."""
+        if self.patch_target.centring == "logit":  # the mean logit is linear in z
+            return self.patch_target.remember_mean(z.mean(0) @ vectors.T, len(z))
+        for part in z.split(max(1, max_chunk_logits(z.device) // len(vectors))):
+            self.patch_target.remember(part @ vectors.T, tau, normaliser)
 
     def before_step(self, step: int) -> None:
         """Copy the teacher to the Gram teacher at the epochs set for it."""

@@ -133,6 +133,11 @@ def multi_view_mse(student: Tensor, weight: Tensor, bias: Tensor | None, target:
     return total / (len(target) * (len(student) - 1) * student.shape[1])
 
 
+def max_chunk_logits(device: torch.device) -> int:
+    """How many logits to hold at a time where they are formed in parts."""
+    return MAX_CHUNK_LOGITS_GPU if device.type == "cuda" else MAX_CHUNK_LOGITS
+
+
 class _WeightedLogSumExp(torch.autograd.Function):
     """sum_r c_r LSE_k(z_r . w_k / tau + b_k), in chunks of rows.
 
@@ -149,7 +154,7 @@ class _WeightedLogSumExp(torch.autograd.Function):
             dz = torch.empty_like(z)
             dw = torch.empty_like(weight) if len(z) else torch.zeros_like(weight)
             db = torch.zeros_like(bias) if bias is not None else None
-            chunk = max(1, (MAX_CHUNK_LOGITS_GPU if z.is_cuda else MAX_CHUNK_LOGITS) // weight.shape[0])
+            chunk = max(1, max_chunk_logits(z.device) // weight.shape[0])
             for start in range(0, len(z), chunk):
                 part = slice(start, start + chunk)
                 logits = (scaled[part].to(low) @ weight_low.T).to(weight.dtype)

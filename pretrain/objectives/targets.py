@@ -91,18 +91,20 @@ class Target(nn.Module):
         masked patches, whose centre is fed by `remember_mean`). Sinkhorn-Knopp balances the rows of one call.
         """
         logits = logits.to(torch.promote_types(logits.dtype, self.center.dtype))
-        tempered = logits / temperature if log_normaliser is None else logits / temperature + log_normaliser
+        tempered = _tempered(logits, temperature, log_normaliser)
+        if remember:
+            self._remember_rows(logits, tempered)
         if self.centring == "none":
             return tempered
         if self.centring in ("sinkhorn", "softmax_batch"):
             return tempered.add_(sinkhorn_potentials(tempered, self.iterations))
-        if self.centring == "logit":
-            if remember:
-                self._remember(logits.sum(0), len(logits))
-            return tempered.sub_(self.center / temperature)
-        if remember:
-            self._remember(torch.log_softmax(tempered, dim=-1).logsumexp(0), len(logits))
-        return tempered.sub_(self.center)
+        return tempered.sub_(self.center / temperature if self.centring == "logit" else self.center)
+
+    @torch.no_grad()
+    def remember(self, logits: Tensor, temperature: float, log_normaliser: Tensor | None = None) -> None:
+        """Let rows of untempered logits [R, K] enter the centre, where one is kept, without making targets of them."""
+        logits = logits.to(torch.promote_types(logits.dtype, self.center.dtype))
+        self._remember_rows(logits, _tempered(logits, temperature, log_normaliser))
 
     @torch.no_grad()
     def remember_mean(self, mean_logits: Tensor, num_rows: int) -> None:
@@ -144,12 +146,24 @@ class Target(nn.Module):
         self.statistic.fill_(self.empty)
         self.num_rows = 0
 
+    def _remember_rows(self, logits: Tensor, tempered: Tensor) -> None:
+        if self.centring == "logit":
+            self._remember(logits.sum(0), len(logits))
+        elif self.has_memory:
+            self._remember(tempered.log_softmax(-1).logsumexp(0), len(logits))
+
     def _remember(self, statistic: Tensor, num_rows: int) -> None:
         if self.centring == "logit":
             self.statistic.add_(statistic)
         else:
             self.statistic.copy_(torch.logaddexp(self.statistic, statistic))
         self.num_rows += num_rows
+
+
+def _tempered(logits: Tensor, temperature: float, log_normaliser: Tensor | None) -> Tensor:
+    """A new tensor l = z / tau + log C_p."""
+    tempered = logits / temperature
+    return tempered if log_normaliser is None else tempered.add_(log_normaliser)
 
 
 @torch.no_grad()
