@@ -51,7 +51,7 @@ def methods() -> list[dict[str, str]]:
     entries = []
     for name in method_names():
         source, _ = find_method(name)
-        about = {"name": name, "what": first_line(source), "paper": "", "objective": ""}
+        about = {"name": name, "description": first_line(source), "paper": "", "objective": ""}
         about |= {key: value for key, value in docstring_fields(source).items() if key in about}
         entries.append({**about, "parts": parts(resolve(name, preset="imagenet_vits16"))})
     return entries
@@ -81,7 +81,7 @@ def ablations() -> list[dict[str, str]]:
 
     return [
         {
-            "ablation": name,
+            "name": name,
             "rows": ", ".join(row_names(name, "imagenet_vits16")),
             "description": first_comment(ABLATIONS_FOLDER / f"{name}.yaml"),
         }

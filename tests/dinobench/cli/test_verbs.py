@@ -16,7 +16,7 @@ from dinobench.runs import RunFolder
 from dinobench.train import Summary
 
 
-@pytest.mark.parametrize("what", ["methods", "presets", "suites", "datasets"])
+@pytest.mark.parametrize("what", ["methods", "ablations", "presets", "suites", "datasets"])
 def test_ls_gives_names_with_descriptions(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert app.run(["ls", what, "--json"]) == 0
     entries = json.loads(capsys.readouterr().out)
