@@ -199,9 +199,9 @@ class MaskSampler:
         share = config.ratio[0] if config.kind == "fixed" else pick_ratio(config.ratio, config.variance, rng)
         if config.kind == "block":
             return ibot_mask(grid, share * num_patches, rng, config.aspect)
-        # MSN rounds the number it keeps.
-        kept = num_patches * (1 - share)
-        count = num_patches - int(kept) if config.kind == "fixed" else int(share * num_patches)
+        # MSN rounds the number it keeps, of which there is at least one here.
+        kept = max(1, int(num_patches * (1 - share)))
+        count = num_patches - kept if config.kind == "fixed" else int(share * num_patches)
         self._shuffler.seed(rng.getrandbits(32))
         return random_mask(num_patches, count, self._shuffler)
 

@@ -19,6 +19,7 @@ TINY = [
     "head.hidden=16",
     "head.bottleneck=8",
     "head.num_prototypes=12",
+    "target.temperature=0.025",
     "optim.batch_size=8",
     "schedule.epochs=2",
     "schedule.warmup_epochs=0",

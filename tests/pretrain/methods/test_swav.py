@@ -18,6 +18,7 @@ TINY = [
     "head.hidden=16",
     "head.bottleneck=8",
     "head.num_prototypes=12",
+    "target.temperature=0.05",
     "optim.batch_size=8",
     "optim.freeze_last_layer_epochs=0",
     "schedule.epochs=2",
