@@ -22,8 +22,8 @@ from pretrain.objectives import prototype_usage
 PATIENCE = 3
 """Intervals in a row that must look collapsed before a verdict."""
 MIN_FEATURE_STD = 0.03
-"""Standard deviation of L2-normalised features, times sqrt(D): 1 for isotropic features, 0 when all are equal. On digits
-trainings that learn stay above 0.09; a teacher that copies the student ends near 0.01 (results/collapse)."""
+"""Standard deviation of L2-normalised features, times sqrt(D): 1 for isotropic features, 0 when all are equal. On
+digits trainings that learn stay above 0.09; a teacher that copies the student ends near 0.01 (results/collapse)."""
 
 
 class TargetStatistics(nn.Module):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
+import pytest
+import torch
+
+from pretrain.models.backbones import create_backbone
 from pretrain.training.recipe import resolve
 
 # Code defaults of main_dino.py, and what the released ViTs changed (README and section 3 of the paper).
@@ -88,12 +92,8 @@ def test_the_official_peak_learning_rates():
 
 
 def test_the_giant_of_dinov2_has_the_official_shape():
-    import torch
-
-    from pretrain.models.backbones import create_backbone
-
     with torch.device("meta"):
-        backbone = create_backbone(resolve("dinov2", preset="imagenet22k_vitg14").model)
+        backbone: Any = create_backbone(resolve("dinov2", preset="imagenet22k_vitg14").model)
     assert (backbone.embed_dim, len(backbone.blocks), backbone.blocks[0].attn.num_heads) == (1536, 40, 24)
     assert backbone.blocks[0].mlp.fc1.weight.shape == (8192, 1536) and backbone.patch_embed.grid_size == (16, 16)
     assert backbone.blocks[0].ls1.gamma.shape == (1536,)
