@@ -6,14 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
+import suites.measure
+from dinobench.files import sha256
 from dinobench.results import Result
 from dinobench.runs import RunFolder, find_run
-from pretrain.models import checkpoint_file
+from pretrain.errors import DinobenchError
+from pretrain.models import checkpoint, checkpoint_file
+from pretrain.models.checkpoint import LoadedModel
 from pretrain.training import loop
 from pretrain.training.recipe import Recipe, resolve
+from suites.measure import Measurement
 
 QUICK = ("schedule.epochs=2", "schedule.warmup_epochs=1", "head.num_prototypes=32", "evaluation.suites=[]")
 
@@ -95,3 +101,45 @@ def fake_loop(monkeypatch: pytest.MonkeyPatch) -> FakeLoop:
     # its checkpoints hold no network
     monkeypatch.setattr("dinobench.train.draw_figures", lambda run: None)
     return fake
+
+
+class Measured:
+    """Stands for loading and measuring; counts both."""
+
+    def __init__(self) -> None:
+        self.loads, self.suites, self.fail = 0, [], ""
+
+    def load(self, path: Path) -> LoadedModel:
+        self.loads += 1
+        step = int(path.stem.removeprefix("step=")) if path.stem.startswith("step=") else 7
+        facts = {"sha256": sha256(path), "method": "dino", "arch": "vits16", "step": step, "images_seen": 64 * step}
+        facts |= {"epoch": 1, "seed": 0}
+        return LoadedModel(torch.nn.Identity(), None, None, "none", None, facts)
+
+    def measure(self, suite: Any, model: LoadedModel, **options: Any) -> Measurement:
+        if suite.name == self.fail:
+            raise DinobenchError("data set absent")
+        self.suites.append(suite.name)
+        return Measurement(
+            suite=suite.id,
+            protocol=suite.protocol,
+            dataset="digits",
+            headline=suite.headline,
+            scores={suite.headline: torch.tensor(91.5).item(), "spread": float("nan")},
+            n=500,
+            interval=(90.0, 93.0),
+            baselines={},
+            samples=pd.DataFrame({"correct": [True]}),
+            tables={},
+            receipt={"seed": options["seed"]},
+            from_cache=False,
+            seconds=0.1,
+        )
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
+    measured = Measured()
+    monkeypatch.setattr(checkpoint, "load", measured.load)
+    monkeypatch.setattr(suites.measure, "measure", measured.measure)
+    return measured
