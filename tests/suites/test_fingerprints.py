@@ -14,6 +14,10 @@ FINGERPRINTS = {
     "cifar10_knn": (1, "bd3387f959df"),
     "cifar10_linear": (1, "81ec35fc24e6"),
     "cifar10_prototypes": (1, "36d50d609c54"),
+    "coil20_retrieval": (1, "1e2760e56f20"),
+    "copydays": (1, "a6c62de3a599"),
+    "davis2016": (1, "0d230a4399a9"),
+    "davis2017": (1, "0e3e68373d94"),
     "digits_clusters": (1, "2f5c94c12743"),
     "digits_fewshot": (1, "840eb816d5a9"),
     "digits_knn": (1, "127d468fb845"),
@@ -26,6 +30,8 @@ FINGERPRINTS = {
     "fashion_mnist_prototypes": (1, "212982226515"),
     "imagenet_knn": (1, "14ce5627c1a2"),
     "imagenet_linear": (1, "bb9471345242"),
+    "roxford": (1, "20b7e6b24757"),
+    "rparis": (1, "0ede6c2590aa"),
 }
 
 
