@@ -67,7 +67,7 @@ def watch(
             seen.update(marks.values())
             results, failures = evaluate_all(fresh, suites, settings, say, record)
             watched.results += results
-            watched.failures += [failure for failure in failures if not _was_removed(failure, say)]
+            watched.failures += _tell(failures, say)
             if watched.status == "running" and not fresh:
                 lines.waiting(len(seen))
                 time.sleep(POLL_SECONDS)
@@ -90,7 +90,7 @@ def evaluate_run(
     if not kept:
         raise DinobenchError(f"{run.path} has kept no checkpoint yet: add --watch to wait for those to come")
     results, failures = evaluate_all(kept, suites, settings, say, record)
-    return results, [failure for failure in failures if not _was_removed(failure, say)]
+    return results, _tell(failures, say)
 
 
 class Pulse:
@@ -108,6 +108,8 @@ class Pulse:
     def status(self) -> str:
         """running, finished, interrupted, collapsed, failed or killed."""
         status = describe_status(self.run)
+        if status == "killed":  # or it ended between the look at run.json and the look at the lock
+            status = describe_status(self.run)
         if status != "killed" or self._host() == socket.gethostname():
             return status
         run = self.run
@@ -150,12 +152,12 @@ def _mark(path: Path) -> tuple[str, int, int] | None:
     return path.name, state.st_mtime_ns, state.st_size
 
 
-def _was_removed(failure: Failure, say: Say) -> bool:
-    """Whether the run removed the checkpoint before it was measured: no failure, but it is said."""
-    if failure.checkpoint.exists():
-        return False
-    say(f"{failure.suite} on {failure.checkpoint.name}: removed by the run (checkpoint.keep) before it was measured")
-    return True
+def _tell(failures: Sequence[Failure], say: Say) -> list[Failure]:
+    """Say at once what was not measured; a checkpoint that the run removed before it was measured is no failure."""
+    for failure in failures:
+        gone = "" if failure.checkpoint.exists() else "the run removed it (checkpoint.keep) before it was measured: "
+        say(f"{failure.suite} on {failure.checkpoint.name}: not measured: {gone}{failure.reason}")
+    return [failure for failure in failures if failure.checkpoint.exists()]
 
 
 def _advice(run: RunFolder, status: str) -> str:

@@ -115,11 +115,12 @@ class Measured:
     def __init__(self) -> None:
         self.loads, self.suites, self.fail = 0, [], ""
 
-    def load(self, path: Path) -> LoadedModel:
+    def load(self, path: Path, **options: Any) -> LoadedModel:
         self.loads += 1
         step = int(path.stem.removeprefix("step=")) if path.stem.startswith("step=") else 7
         facts = {"sha256": sha256(path), "method": "dino", "arch": "vits16", "step": step, "images_seen": 64 * step}
-        facts |= {"epoch": 1, "seed": 0}
+        facts |= {"epoch": 1, "seed": 0, "network": "teacher", "label": "dino-vits16-digits"}
+        facts |= {"matched": 1, "missing": [], "unexpected": [], "coverage": 100.0, "dropped": [], "notes": []}
         return LoadedModel(torch.nn.Identity(), None, None, "none", None, facts)
 
     def measure(self, suite: Any, model: LoadedModel, **options: Any) -> Measurement:

@@ -88,12 +88,22 @@ def test_a_killed_run_is_told_with_the_command_that_continues_it(run: RunFolder,
     assert "`dinobench pretrain dino --seed 0 --resume`" in watched.advice
 
 
-def test_a_run_killed_while_it_is_watched_ends_the_watch(live: RunFolder, follow: Any, run: RunFolder) -> None:
-    alive = iter([True, True, False])
-    follow_run = RunFolder(live.path)
-    object.__setattr__(follow_run, "is_held", lambda: next(alive))
-    watched = follow(follow_run, lambda: keep(live, 1))
+def test_a_run_killed_while_it_is_watched_ends_the_watch(
+    run: RunFolder, follow: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive = iter([True, True])
+    monkeypatch.setattr(RunFolder, "is_held", lambda folder: next(alive, False))
+    watched = follow(run, lambda: keep(run, 1))
     assert (watched.status, steps(watched.results)) == ("killed", [1])
+
+
+def test_a_run_that_finishes_while_we_look_was_not_killed(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def finish_and_leave(folder: RunFolder) -> bool:
+        folder.update(status="finished")
+        return False
+
+    monkeypatch.setattr(RunFolder, "is_held", finish_and_leave)
+    assert Pulse(run).status() == "finished"
 
 
 @pytest.mark.parametrize("status", ["interrupted", "failed", "collapsed"])
@@ -126,7 +136,7 @@ def test_stopping_a_watch_loses_nothing(live: RunFolder, follow: Any, measured: 
 def test_a_watch_stopped_in_a_measurement_leaves_its_lock_free(
     live: RunFolder, follow: Any, measured: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(path: Path) -> Any:
+    def interrupted(path: Path, **options: Any) -> Any:
         raise KeyboardInterrupt
 
     keep(live, 1)
@@ -141,7 +151,9 @@ def test_a_watch_stopped_in_a_measurement_leaves_its_lock_free(
 def test_a_suite_that_fails_is_tried_once_per_watch(live: RunFolder, follow: Any, measured: Any) -> None:
     measured.fail = "digits_knn"
     keep(live, 1)
-    watched = follow(live, lambda: None, lambda: live.update(status="finished"))
+    said: list[str] = []
+    watched = follow(live, lambda: None, lambda: live.update(status="finished"), say=said.append)
+    assert said.count("digits_knn@1 on step=00000001.pt: not measured: data set absent") == 1
     assert [(failure.suite, failure.reason) for failure in watched.failures] == [("digits_knn@1", "data set absent")]
     assert measured.loads == 1
 
@@ -152,16 +164,18 @@ def test_a_checkpoint_that_the_run_removed_is_no_failure(
     said: list[str] = []
     second = live.checkpoints / "step=00000002.pt"
 
-    def load(path: Path) -> Any:
+    def load(path: Path, **options: Any) -> Any:
         second.unlink(missing_ok=True)
-        return measured.load(path)
+        return measured.load(path, **options)
 
     monkeypatch.setattr("pretrain.models.checkpoint.load", load)
-    keep(live, 1), keep(live, 2)
+    for step in (1, 2):
+        keep(live, step)
     watched = follow(live, lambda: live.update(status="finished"), say=said.append)
     assert steps(watched.results) == [1]
     assert watched.failures == []
-    assert "digits_knn@1 on step=00000002.pt: removed by the run (checkpoint.keep) before it was measured" in said
+    (told,) = [text for text in said if "not measured" in text]
+    assert told.startswith("digits_knn@1 on step=00000002.pt: not measured: the run removed it (checkpoint.keep)")
 
 
 def test_a_waiting_watch_says_where_the_run_is_now_and_then(live: RunFolder, follow: Any) -> None:
@@ -203,6 +217,7 @@ def test_a_run_is_evaluated_as_far_as_it_is(measured: Any, live: RunFolder, tmp_
     live.last_checkpoint.write_bytes(b"changes all the time")
     with pytest.raises(DinobenchError, match="kept no checkpoint yet: add --watch"):
         evaluate_run(*arguments)
-    keep(live, 10), keep(live, 9)
+    for step in (10, 9):
+        keep(live, step)
     results, failures = evaluate_run(*arguments)
     assert (steps(results), failures) == ([9, 10], [])
