@@ -52,6 +52,8 @@ class Evaluation:
     """A data set in place of the suite's own."""
     device: str = "auto"
     seed: int = 0
+    allow_partial: bool = False
+    """Measure also a backbone that its file does not fill; the rest of it is random."""
 
     def store(self, checkpoint: Path) -> ResultStore:
         run = run_of_checkpoint(checkpoint)
@@ -138,12 +140,21 @@ class _Work:
                     continue
                 result = self._stored(suite)
                 if result is None:
-                    model = model or _load(self.checkpoint)
+                    model = model or self._load()
                     result = self._measured(suite, model)
                 if result is not None:
                     self._found[suite.id] = result
                     self._record(result)
                 self._left.remove(suite)
+
+    def _load(self) -> LoadedModel:
+        from pretrain.models.checkpoint import load
+
+        if not self.settings.allow_partial:
+            return load(self.checkpoint)
+        model = load(self.checkpoint, allow_partial=True)
+        self._say(model.report())
+        return model
 
     @cached_property
     def _digest(self) -> str:
@@ -193,12 +204,6 @@ def missing(checkpoints: Sequence[Path], suites: Sequence[Suite], settings: Eval
         for path in checkpoints
         for suite in suites
     )
-
-
-def _load(checkpoint: Path) -> LoadedModel:
-    from pretrain.models.checkpoint import load
-
-    return load(checkpoint)
 
 
 def _measure(

@@ -29,6 +29,9 @@ def run_evaluation(
         bool,
         typer.Option("--watch", help="Follow one run folder: evaluate each checkpoint as it comes, until it ends."),
     ] = False,
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Also a backbone that the file does not fill; the rest is random.")
+    ] = False,
     track: Annotated[bool, typer.Option("--track/--no-track", help="Log new results to MLflow.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -46,7 +49,7 @@ def run_evaluation(
 
     reporter = Reporter()
     suites = [load_suite(name) for name in split_names(suite)]
-    settings = Evaluation(output=output, data=data, device=device, seed=seed)
+    settings = Evaluation(output=output, data=data, device=device, seed=seed, allow_partial=allow_partial)
     runs = [path for path in checkpoints if RunFolder(path).exists]
     if watch and (len(checkpoints) != 1 or not runs):
         raise UsageError("--watch follows one run folder (it has a run.json): give that alone, one command per run")
