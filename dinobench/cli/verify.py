@@ -86,9 +86,7 @@ def _print(verdict: Verdict) -> None:
     if rest:
         print_text(f"{rest} more numbers agree with what was found")
     if verdict.holds:
-        print_text(
-            f"holds: measured again from {verdict.scope}" if not verdict.from_cache else f"holds: {verdict.scope}"
-        )
+        print_text(f"holds: {verdict.scope if verdict.from_cache else f'measured again from {verdict.scope}'}")
 
 
 def _explain(verdict: Verdict) -> str:
@@ -102,7 +100,7 @@ def _explain(verdict: Verdict) -> str:
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.4f}".rstrip("0").rstrip(".")
+        return f"{value:.6g}"
     return "nothing" if value is None else str(value)[:HASH_SHOWN]
 
 
