@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from filelock import Timeout
 
 from dinobench.environment import code_commit
-from dinobench.files import sha256
+from dinobench.files import not_writable, sha256
 from dinobench.results import Result, ResultStore, plain
 from dinobench.runs import now, run_of_checkpoint
 from pretrain.errors import DinobenchError
@@ -176,6 +176,8 @@ class _Work:
                 return
             self._say(f"{suite.id} on {self.checkpoint.name}: another process measures it, waiting for the result")
             lock.acquire()
+        except OSError as error:
+            raise not_writable(Path(lock.lock_file), error) from error
         try:
             yield True
         finally:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import time
@@ -8,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 import suites.measure
 from dinobench import evaluate as module
 from dinobench.evaluate import Evaluation, evaluate, evaluate_all
 from dinobench.runs import RunFolder
+from pretrain.errors import DinobenchError
 from suites.suite import load_suite
 
 
@@ -172,6 +175,18 @@ def test_a_checkpoint_that_cannot_be_read_does_not_stop_the_others(
     assert [result.checkpoint for result in results] == [str(run.last_checkpoint)]
     assert recorded == ["digits_knn"]
     assert [(failure.suite, failure.checkpoint) for failure in failures] == [("digits_knn@1", absent)]
+
+
+def test_a_place_without_locks_is_told_as_one_that_cannot_be_written(
+    measured: Any, run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(lock: Any, **options: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    run.last_checkpoint.write_bytes(b"weights")
+    monkeypatch.setattr(FileLock, "acquire", no_locks)
+    with pytest.raises(DinobenchError, match=r"cannot write .*\.lock: no locks available"):
+        evaluate(run.last_checkpoint, [load_suite("digits_knn")], Evaluation(output=tmp_path), silent)
 
 
 def test_a_long_feature_pass_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
