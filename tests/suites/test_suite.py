@@ -22,10 +22,11 @@ def test_every_shipped_suite_loads_under_its_own_name(name: str) -> None:
 
 
 def test_catalogue_holds_the_promised_suites() -> None:
-    protocols = ("knn", "linear", "fewshot", "clusters", "prototypes")
+    probes = ("knn", "linear", "linear_sweep", "logistic", "fewshot", "representation")
+    protocols = (*probes, "clusters", "prototypes")
     small = {f"{data}_{protocol}" for data in ("digits", "fashion_mnist", "cifar10") for protocol in protocols}
     benchmarks = {"roxford", "rparis", "coil20_retrieval", "copydays", "davis2016", "davis2017"}
-    assert set(suite_names()) >= small | benchmarks | {"imagenet_knn", "imagenet_linear"}
+    assert set(suite_names()) >= small | benchmarks | {f"imagenet_{protocol}" for protocol in probes}
     on_images = {"retrieval", "copy_detection", "label_propagation"}
     assert set(suites.protocol_names()) >= set(protocols) | on_images
 
