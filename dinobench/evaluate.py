@@ -1,14 +1,23 @@
-"""Checkpoints x suites -> results. What is measured already is read, not measured again."""
+"""Checkpoints x suites -> results. What is measured already is read, not measured again.
+
+Several processes may evaluate the same checkpoints: each result has a lock, held while it is measured. Work is divided
+by checkpoint as long as there are enough of them, because the suites of one share its features; then by suite.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from filelock import Timeout
 
 from dinobench.environment import code_commit
-from dinobench.files import make_folder, sha256
+from dinobench.files import not_writable, sha256
 from dinobench.results import Result, ResultStore, plain
 from dinobench.runs import now, run_of_checkpoint
 from pretrain.errors import DinobenchError
@@ -16,6 +25,12 @@ from pretrain.errors import DinobenchError
 if TYPE_CHECKING:
     from pretrain.models.checkpoint import LoadedModel
     from suites.suite import Suite
+
+LINE_SECONDS = 5.0
+"""Between two lines about one feature pass."""
+Say = Callable[[str], None]
+Patience = Literal["leave", "skip", "wait"]
+"""At a result that another process measures: leave the checkpoint, go on with its next suite, or wait."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,8 @@ class Evaluation:
     """A data set in place of the suite's own."""
     device: str = "auto"
     seed: int = 0
+    allow_partial: bool = False
+    """Measure also a backbone that its file does not fill; the rest of it is random."""
 
     def store(self, checkpoint: Path) -> ResultStore:
         run = run_of_checkpoint(checkpoint)
@@ -44,33 +61,142 @@ class Evaluation:
 
 
 def evaluate(
-    checkpoint: Path, suites: Sequence[Suite], settings: Evaluation, say: Callable[[str], None]
+    checkpoint: Path, suites: Sequence[Suite], settings: Evaluation, say: Say
 ) -> tuple[list[Result], list[Failure]]:
-    """All suites on one checkpoint. The checkpoint is loaded once, and only when something is missing.
+    """All suites on one checkpoint. The checkpoint is loaded only when something is missing.
 
     Raises:
         DinobenchError: the checkpoint cannot be read. A suite that fails is listed and the others go on.
     """
-    digest = sha256(checkpoint)
-    store = settings.store(checkpoint)
-    make_folder(store.root)
-    results: list[Result] = []
-    failures: list[Failure] = []
-    model: LoadedModel | None = None
-    for suite in suites:
-        found = store.find(suite.id, suite.fingerprint(), digest, settings.data, settings.seed)
-        if found is not None:
-            say(f"{suite.id} on {checkpoint.name}: stored result, nothing measured")
-            results.append(found)
-            continue
-        if model is None:
-            model = _load(checkpoint)
-        say(f"{suite.id} on {checkpoint.name}: measuring")
+    work = _Work(checkpoint, suites, settings, say)
+    work.go("skip")
+    work.go("wait")
+    return work.results(), work.failures
+
+
+def evaluate_all(
+    checkpoints: Sequence[Path],
+    suites: Sequence[Suite],
+    settings: Evaluation,
+    say: Say,
+    record: Callable[[Result], None] = lambda result: None,
+) -> tuple[list[Result], list[Failure]]:
+    """All suites on all checkpoints, in their order; what another process measures meanwhile is read at the end.
+
+    Args:
+        record: gets every result, stored or new, as soon as there is one; no other process has its lock then.
+
+    A checkpoint that cannot be read is listed as a failure and the others go on.
+    """
+    works = [_Work(checkpoint, suites, settings, say, record) for checkpoint in checkpoints]
+    patience: Patience
+    for patience in ("leave", "skip", "wait"):
+        for work in works:
+            try:
+                work.go(patience)
+            except DinobenchError as error:
+                work.give_up(str(error))
+    return [result for work in works for result in work.results()], [f for work in works for f in work.failures]
+
+
+class _Work:
+    """One checkpoint and the suites of which there is no result yet."""
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        suites: Sequence[Suite],
+        settings: Evaluation,
+        say: Say,
+        record: Callable[[Result], None] = lambda result: None,
+    ):
+        self.checkpoint, self.suites, self.settings = checkpoint, suites, settings
+        self.failures: list[Failure] = []
+        self._say, self._record = say, record
+        self._found: dict[str, Result] = {}
+        self._left = list(suites)
+
+    def results(self) -> list[Result]:
+        """What was found, in the order of the suites."""
+        return [self._found[suite.id] for suite in self.suites if suite.id in self._found]
+
+    def give_up(self, reason: str) -> None:
+        """List what is left as failed."""
+        self.failures += [Failure(suite.id, self.checkpoint, reason) for suite in self._left]
+        self._left = []
+
+    def go(self, patience: Patience) -> None:
+        """Read or measure what is left.
+
+        Raises:
+            DinobenchError: the checkpoint cannot be read, or there is no writing beside it.
+        """
+        model: LoadedModel | None = None
+        for suite in list(self._left):
+            with self._claim(suite, patience) as mine:
+                if not mine and patience == "leave":
+                    return
+                if not mine:
+                    continue
+                result = self._stored(suite)
+                if result is None:
+                    model = model or self._load()
+                    result = self._measured(suite, model)
+                if result is not None:
+                    self._found[suite.id] = result
+                    self._record(result)
+                self._left.remove(suite)
+
+    def _load(self) -> LoadedModel:
+        from pretrain.models.checkpoint import load
+
+        if not self.settings.allow_partial:
+            return load(self.checkpoint)
+        model = load(self.checkpoint, allow_partial=True)
+        self._say(model.report())
+        return model
+
+    @cached_property
+    def _digest(self) -> str:
+        return sha256(self.checkpoint)
+
+    @cached_property
+    def _store(self) -> ResultStore:
+        return self.settings.store(self.checkpoint)
+
+    @contextmanager
+    def _claim(self, suite: Suite, patience: Patience) -> Iterator[bool]:
+        """Hold the lock of a result; False when another process has it and we do not wait."""
+        lock = self._store.lock(suite.id, self._digest, self.settings.data)
         try:
-            results.append(_measure(checkpoint, suite, model, settings, store))
+            lock.acquire(timeout=0)
+        except Timeout:
+            if patience != "wait":
+                yield False
+                return
+            self._say(f"{suite.id} on {self.checkpoint.name}: another process measures it, waiting for the result")
+            lock.acquire()
+        except OSError as error:
+            raise not_writable(Path(lock.lock_file), error) from error
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def _stored(self, suite: Suite) -> Result | None:
+        settings = self.settings
+        found = self._store.find(suite.id, suite.fingerprint(), self._digest, settings.data, settings.seed)
+        if found is not None:
+            self._say(f"{suite.id} on {self.checkpoint.name}: stored result, nothing measured")
+        return found
+
+    def _measured(self, suite: Suite, model: LoadedModel) -> Result | None:
+        self._say(f"{suite.id} on {self.checkpoint.name}: measuring")
+        try:
+            return _measure(self.checkpoint, suite, model, self.settings, self._store, self._say)
         except DinobenchError as error:
-            failures.append(Failure(suite.id, checkpoint, str(error)))
-    return results, failures
+            self.failures.append(Failure(suite.id, self.checkpoint, str(error)))
+            return None
 
 
 def missing(checkpoints: Sequence[Path], suites: Sequence[Suite], settings: Evaluation) -> bool:
@@ -82,13 +208,9 @@ def missing(checkpoints: Sequence[Path], suites: Sequence[Suite], settings: Eval
     )
 
 
-def _load(checkpoint: Path) -> LoadedModel:
-    from pretrain.models.checkpoint import load
-
-    return load(checkpoint)
-
-
-def _measure(checkpoint: Path, suite: Suite, model: LoadedModel, settings: Evaluation, store: ResultStore) -> Result:
+def _measure(
+    checkpoint: Path, suite: Suite, model: LoadedModel, settings: Evaluation, store: ResultStore, say: Say
+) -> Result:
     from pretrain.training.runtime import Runtime, RuntimeConfig
     from suites.features import FeatureCache
     from suites.measure import measure
@@ -100,6 +222,7 @@ def _measure(checkpoint: Path, suite: Suite, model: LoadedModel, settings: Evalu
         cache=FeatureCache(),
         device=str(Runtime.start(RuntimeConfig(device=settings.device)).device),
         seed=settings.seed,
+        progress=feature_lines(say),
     )
     provenance: dict[str, Any] = plain(model.provenance)
     result = Result(
@@ -115,7 +238,7 @@ def _measure(checkpoint: Path, suite: Suite, model: LoadedModel, settings: Evalu
         seed=settings.seed,
         checkpoint=str(checkpoint.absolute()),
         provenance=provenance,
-        receipt={**plain(measured.receipt), "code": code_commit()},
+        receipt={**plain(measured.receipt), "data": settings.data, "code": code_commit()},
         seconds=round(measured.seconds, 3),
         created=now(),
         from_cache=measured.from_cache,
@@ -123,6 +246,19 @@ def _measure(checkpoint: Path, suite: Suite, model: LoadedModel, settings: Evalu
     )
     store.save(result, provenance["sha256"], settings.data, measured.samples, measured.tables)
     return result
+
+
+def feature_lines(say: Say) -> Callable[[str, int, int], None]:
+    """Says how far a feature pass is, a line every few seconds: passes over large sets take hours."""
+    last = time.monotonic()
+
+    def progress(what: str, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= LINE_SECONDS:
+            last = time.monotonic()
+            say(f"{what}: {done} of {total} images")
+
+    return progress
 
 
 def dataset_name(name: str | None) -> str:

@@ -1,6 +1,7 @@
 """Results on disk: one JSON document per checkpoint and suite, per-image correctness beside it.
 
     <root>/evals/<suite>@<version>/<checkpoint hash>.json
+    <root>/evals/<suite>@<version>/.<checkpoint hash>.lock            held while it is measured
     <root>/samples/<suite>@<version>/<checkpoint hash>.parquet        index, label, prediction, correct
     <root>/samples/<suite>@<version>/<checkpoint hash>-<table>.parquet
 `root` is the run folder of the checkpoint, or the output folder for a lone file.
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dinobench.files import make_folder, not_writable, read_json, slug, write_json
@@ -94,6 +96,16 @@ class ResultStore:
         """Where a result lies; `dataset` when it is not the suite's own."""
         other = f"-{slug(dataset)}" if dataset else ""
         return self.root / "evals" / suite / f"{checkpoint_sha256[:HASH_DIGITS]}{other}.json"
+
+    def lock(self, suite: str, checkpoint_sha256: str, dataset: str | None = None) -> FileLock:
+        """The lock of a result, for the one process that measures it; the system frees it when that process dies.
+
+        Raises:
+            DinobenchError: we may not write here.
+        """
+        path = self.path(suite, checkpoint_sha256, dataset)
+        make_folder(path.parent)
+        return FileLock(path.with_name(f".{path.stem}.lock"))
 
     def find(
         self, suite: str, fingerprint: str, checkpoint_sha256: str, dataset: str | None, seed: int

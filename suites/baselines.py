@@ -8,6 +8,8 @@ and kept in the cache under everything it depends on.
     random_init  the checkpoint's backbone (and head, where the protocol needs it) with fresh weights by its own init
                  rule: mean of the scores over `baseline_seeds` seeds 0, 1, ...; `<headline>_seed_sd` is their deviation
 
+A protocol that reads images (suites.protocols.protocol) may have raw_pixels of its own; pca does not apply to it.
+
 Pixels need a data set whose images share one size of at most 64 x 64; for others the first two do not apply.
 """
 
@@ -17,7 +19,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,8 +30,9 @@ from pretrain.models.backbones import ModelConfig, create_backbone, feature_dim
 from pretrain.models.checkpoint import LoadedModel
 from pretrain.models.heads import ProjectionHead
 from suites.cache import FeatureCache, content_key
+from suites.extractor import Extractor
 from suites.features import Precision, Progress, extract
-from suites.protocols.protocol import Context, Split
+from suites.protocols.protocol import BenchmarkData, Context, Split
 from suites.suite import Suite, protocol_module
 
 FORMAT = 1
@@ -53,6 +56,57 @@ class Setting:
     batch_size: int = 256
     workers: int | None = None
     progress: Progress | None = None
+
+
+@dataclass(frozen=True)
+class BenchmarkSetting:
+    """The same for a protocol that reads images."""
+
+    suite: Suite
+    model: LoadedModel
+    data: BenchmarkData
+    context: Context
+    extractor: Extractor
+
+
+class _Measured(Protocol):
+    @property
+    def suite(self) -> Suite: ...
+    @property
+    def model(self) -> LoadedModel: ...
+
+
+def measure_benchmark_baselines(setting: BenchmarkSetting) -> dict[str, dict[str, float]]:
+    """Scores of the baselines of a suite whose protocol reads images: name -> score name -> value."""
+    module, parameters = protocol_module(setting.suite.protocol), setting.suite.resolved_parameters()
+    cache = setting.extractor.cache
+    found: dict[str, dict[str, float]] = {}
+    for name in setting.suite.baselines:
+        parts = {"format": FORMAT, "baseline": name, "suite": setting.suite.fingerprint(), "seed": setting.context.seed}
+        parts |= {"data": setting.data.fingerprint}
+        if name == "random_init" and setting.model.provenance.get("model") is not None:
+            parts |= {"weights": _recipe_of_weights(setting), "seeds": setting.suite.baseline_seeds}
+            parts |= {"precision": setting.extractor.precision}
+        elif name != "raw_pixels" or not hasattr(module, "pixel_scores"):
+            continue
+        scores = cache.read_scores(content_key(**parts)) if cache else None
+        if scores is None and name == "random_init":
+            runs = [_run_benchmark(module, model, setting) for model in random_models(setting)]
+            scores = _over_seeds(runs, setting.suite.headline)
+        elif scores is None:
+            scores = module.pixel_scores(setting.data, parameters, setting.context)
+        if scores is None:
+            continue
+        if cache:
+            cache.write_scores(content_key(**parts), scores)
+        found[name] = scores
+    return found
+
+
+def _run_benchmark(module: ModuleType, model: LoadedModel, setting: BenchmarkSetting) -> dict[str, float]:
+    extractor = dataclasses.replace(setting.extractor, model=model, log=[])
+    context = dataclasses.replace(setting.context, model=model)
+    return module.run(setting.data, extractor, setting.suite.resolved_parameters(), context).scores
 
 
 def measure_baselines(setting: Setting) -> dict[str, dict[str, float]]:
@@ -98,7 +152,7 @@ def _key(name: str, setting: Setting) -> str:
     return content_key(**parts)
 
 
-def _recipe_of_weights(setting: Setting) -> dict[str, Any]:
+def _recipe_of_weights(setting: _Measured) -> dict[str, Any]:
     """What the random weights are drawn from."""
     config = {k: v for k, v in setting.model.provenance["model"].items() if k not in _NOT_THE_FUNCTION}
     head = setting.model.head.config.model_dump() if setting.suite.needs_prototypes and setting.model.head else None
@@ -150,14 +204,18 @@ def principal_components(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
 
 def _random_init(setting: Setting) -> dict[str, float]:
     runs = [_measure_random(model, setting) for model in random_models(setting)]
+    return _over_seeds(runs, setting.suite.headline)
+
+
+def _over_seeds(runs: list[dict[str, float]], headline: str) -> dict[str, float]:
+    """Means of the scores that all runs have, and the deviation of the headline."""
     scores = {name: float(np.mean([run[name] for run in runs])) for name in runs[0] if all(name in run for run in runs)}
-    headline = setting.suite.headline
     if len(runs) > 1:
         scores[f"{headline}_seed_sd"] = float(np.std([run[headline] for run in runs], ddof=1))
     return scores
 
 
-def random_models(setting: Setting) -> Iterator[LoadedModel]:
+def random_models(setting: _Measured) -> Iterator[LoadedModel]:
     """The checkpoint's network with fresh weights, one per seed; the caller's random state stays as it is."""
     config = ModelConfig.model_validate(setting.model.provenance["model"])
     source = _recipe_of_weights(setting)

@@ -1,9 +1,13 @@
-"""A suite on a checkpoint: open the data, extract or read features, run the protocol, add baselines and the receipt."""
+"""A suite on a checkpoint: open the data, extract or read features, run the protocol, add baselines and the receipt.
+
+Two kinds of protocol (suites.protocols.protocol): most read the features of two splits of a labelled data set; those
+that read images open their own files and extract what they need.
+"""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -14,9 +18,10 @@ from pretrain.data.datasets import ImageSet, open_dataset
 from pretrain.errors import DinobenchError, UsageError
 from pretrain.models.checkpoint import LoadedModel
 from pretrain.packages import installed_versions
-from suites.baselines import Setting, measure_baselines
+from suites.baselines import BenchmarkSetting, Setting, measure_baselines, measure_benchmark_baselines
 from suites.cache import FeatureCache
-from suites.features import Features, Precision, Progress, describe_feature, extract, resolve_feature
+from suites.extractor import Extractor
+from suites.features import Precision, Progress, describe_feature, extract, resolve_feature
 from suites.neighbours import Backend
 from suites.protocols.protocol import Context, Outcome
 from suites.suite import Suite, protocol_module
@@ -37,16 +42,16 @@ class Measurement:
     scores: dict[str, float]
     """Accuracies, purity and NMI in percent."""
     n: int
-    """Images behind the headline."""
+    """Images (queries, objects) behind the headline."""
     interval: tuple[float, float]
-    """95 % bootstrap interval of the headline over images."""
+    """95 % bootstrap interval of the headline over images (queries, sequences)."""
     baselines: dict[str, dict[str, float]]
     samples: pd.DataFrame
     """Per test image: index, label, prediction, correct (what the protocol gives of them); may be empty."""
     tables: dict[str, pd.DataFrame]
     receipt: dict[str, Any]
     from_cache: bool
-    """Whether the features of both splits came from the cache."""
+    """Whether all features came from the cache."""
     seconds: float
     notes: list[str] = field(default_factory=list)
 
@@ -80,47 +85,98 @@ def measure(
         UsageError: the suite leaves its data set open and `data` is not given.
     """
     started = time.monotonic()
-    module = protocol_module(suite.protocol)
-    train_images, test_images = open_splits(suite, data)
-    check_labels(suite, train_images, test_images)
     model.backbone.to(device)
     if model.head is not None:
         model.head.to(device)
     options: dict[str, Any] = {"cache": cache, "precision": precision, "batch_size": batch_size, "workers": workers}
     options["progress"] = progress
+    context = Context(0, seed=seed, device=device, backend=backend, model=model)
+    on = _on_benchmark if suite.reads_images else _on_splits
+    found = on(suite, data, context, baselines, options)
+    outcome, scores = found.outcome, found.outcome.scores
+    if suite.headline not in scores:
+        raise UsageError(
+            f"suite {suite.id}: headline {suite.headline!r} is no score of {suite.protocol!r}: {', '.join(scores)}"
+        )
+    seconds = time.monotonic() - started
+    return Measurement(
+        suite=suite.id,
+        protocol=suite.protocol,
+        dataset=found.dataset,
+        headline=suite.headline,
+        scores=scores,
+        n=outcome.n,
+        interval=outcome.interval,
+        baselines=found.baselines,
+        samples=outcome.samples,
+        tables=outcome.tables,
+        receipt=make_receipt(suite, model, found, context, precision, seconds),
+        from_cache=all(part["from_cache"] for part in found.features),
+        seconds=seconds,
+        notes=outcome.notes,
+    )
+
+
+@dataclass
+class _Found:
+    """What either kind of protocol hands to `measure`."""
+
+    outcome: Outcome
+    baselines: dict[str, dict[str, float]]
+    dataset: str
+    images: dict[str, dict[str, Any]]
+    """By role, for the receipt: name, split, n, fingerprint."""
+    features: list[dict[str, Any]]
+    """For the receipt: from_cache, and where and how they were computed."""
+    feature: str
+    transform: dict[str, Any]
+
+
+def _on_splits(suite: Suite, data: str | None, context: Context, baselines: bool, options: dict[str, Any]) -> _Found:
+    model = context.model
+    assert model is not None
+    train_images, test_images = open_splits(suite, data)
+    check_labels(suite, train_images, test_images)
     train, test = (
-        extract(model, images, suite.transform, suite.feature, device=device, **options)
+        extract(model, images, suite.transform, suite.feature, device=context.device, **options)
         for images in (train_images, test_images)
     )
     largest = max(_largest(images.labels) for images in (train_images, test_images))
     num_classes = max(len(train_images.classes), largest + 1)
-    context = Context(num_classes, tuple(train_images.classes), seed, device, backend, model)
-    outcome: Outcome = module.run(train.split(), test.split(), suite.resolved_parameters(), context)
-    if suite.headline not in outcome.scores:
-        known = ", ".join(outcome.scores)
-        raise UsageError(f"suite {suite.id}: headline {suite.headline!r} is no score of {suite.protocol!r}: {known}")
-    notes = [*outcome.notes, *_describe_spread(test.cls)]
+    context = replace(context, num_classes=num_classes, classes=tuple(train_images.classes))
+    outcome: Outcome = protocol_module(suite.protocol).run(
+        train.split(), test.split(), suite.resolved_parameters(), context
+    )
+    outcome.notes += _describe_spread(test.cls)
     beside = {}
     if baselines:
         beside = measure_baselines(Setting(suite, model, train_images, test_images, context, **options))
-    seconds = time.monotonic() - started
-    receipt = make_receipt(suite, model, (train_images, test_images), (train, test), context, precision, seconds)
-    return Measurement(
-        suite=suite.id,
-        protocol=suite.protocol,
+    return _Found(
+        outcome,
+        beside,
         dataset=train_images.name,
-        headline=suite.headline,
-        scores=outcome.scores,
-        n=outcome.n,
-        interval=outcome.interval,
-        baselines=beside,
-        samples=outcome.samples,
-        tables=outcome.tables,
-        receipt=receipt,
-        from_cache=train.from_cache and test.from_cache,
-        seconds=seconds,
-        notes=notes,
+        images={
+            role: {"name": split.name, "split": split.split, "n": len(split), "fingerprint": split.fingerprint}
+            for role, split in (("train", train_images), ("test", test_images))
+        },
+        features=[{"from_cache": part.from_cache, **part.metadata} for part in (train, test)],
+        feature=describe_feature(resolve_feature(suite.feature, model.backbone)),
+        transform=suite.transform.model_dump(mode="json"),
     )
+
+
+def _on_benchmark(suite: Suite, data: str | None, context: Context, baselines: bool, options: dict[str, Any]) -> _Found:
+    assert context.model is not None
+    module, parameters = protocol_module(suite.protocol), suite.resolved_parameters()
+    opened = module.open_data(suite.dataset, data, parameters)
+    extractor = Extractor(context.model, context.device, **options)
+    outcome: Outcome = module.run(opened, extractor, parameters, context)
+    beside = {}
+    if baselines:
+        beside = measure_benchmark_baselines(BenchmarkSetting(suite, context.model, opened, context, extractor))
+    # Transform and feature are part of the protocol's parameters, which the receipt holds.
+    described = f"of protocol {suite.protocol}"
+    return _Found(outcome, beside, opened.name, opened.receipt(), extractor.log, described, {})
 
 
 def open_splits(suite: Suite, data: str | None = None) -> tuple[ImageSet, ImageSet]:
@@ -160,8 +216,7 @@ def check_labels(suite: Suite, train: ImageSet, test: ImageSet) -> None:
 def make_receipt(
     suite: Suite,
     model: LoadedModel,
-    images: tuple[ImageSet, ImageSet],
-    features: tuple[Features, Features],
+    found: _Found,
     context: Context,
     precision: Precision,
     seconds: float,
@@ -176,17 +231,14 @@ def make_receipt(
         "protocol": suite.protocol,
         "parameters": suite.resolved_parameters().model_dump(mode="json"),
         "checkpoint": checkpoint,
-        "dataset": {
-            role: {"name": split.name, "split": split.split, "n": len(split), "fingerprint": split.fingerprint}
-            for role, split in zip(("train", "test"), images, strict=True)
-        },
-        "transform": suite.transform.model_dump(mode="json"),
-        "feature": describe_feature(resolve_feature(suite.feature, model.backbone)),
+        "dataset": found.images,
+        "transform": found.transform,
+        "feature": found.feature,
         "seed": context.seed,
         "device": context.device,
         "precision": precision,
         "knn_backend": context.backend,
-        "features": [{"from_cache": part.from_cache, **part.metadata} for part in features],
+        "features": found.features,
         "packages": installed_versions(PACKAGES),
         "wall_seconds": round(seconds, 3),
     }

@@ -84,6 +84,11 @@ class Suite(BaseModel):
                 f"suite {self.name!r}: protocol {self.protocol!r} applies the head to the backbone's own features: "
                 f"expected feature cls, found {self.feature!r}"
             )
+        if self.reads_images and (self.feature, self.transform) != ("cls", EvalTransform.model_validate({})):
+            raise UsageError(
+                f"suite {self.name!r}: protocol {self.protocol!r} pins size and normalisation in its parameters: "
+                "expected neither transform nor feature"
+            )
         return self
 
     @property
@@ -95,6 +100,11 @@ class Suite(BaseModel):
         """Whether the protocol says nothing about a checkpoint without prototypes."""
         return getattr(protocol_module(self.protocol), "NEEDS_HEAD", False)
 
+    @property
+    def reads_images(self) -> bool:
+        """Whether the protocol extracts its own features, see suites.protocols.protocol."""
+        return getattr(protocol_module(self.protocol), "READS_IMAGES", False)
+
     def resolved_parameters(self) -> Any:
         """The protocol's Parameters with this suite's values."""
         return protocol_module(self.protocol).Parameters.model_validate(self.parameters)
@@ -104,6 +114,8 @@ class Suite(BaseModel):
         pinned = self.model_dump(
             mode="json", exclude={"name", "version", "baselines", "baseline_seeds", "paper", "description"}
         )
+        if self.reads_images:
+            del pinned["transform"], pinned["feature"]  # not used
         pinned["parameters"] = self.resolved_parameters().model_dump(mode="json")
         return hashlib.sha256(json.dumps(pinned, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from dinobench.cli import doctor, figure, ls, runs, show, ui
+from dinobench.cli import doctor, export, figure, ls, runs, show, ui, verify
 from dinobench.cli import eval as evaluation
 from dinobench.cli import pretrain as pretraining
 from pretrain.errors import DinobenchError
@@ -39,9 +39,11 @@ def options(
 
 app.command("pretrain")(pretraining.run_pretraining)
 app.command("eval")(evaluation.run_evaluation)
+app.command("verify")(verify.run_verification)
 app.command("ui")(ui.run_server)
 app.command("show")(show.show)
 app.command("ls")(ls.list_catalogue)
+app.command("export")(export.run_export)
 app.add_typer(runs.app, name="runs")
 app.add_typer(figure.app, name="figure")
 app.command("doctor")(doctor.run_checks)

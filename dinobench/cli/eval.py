@@ -1,4 +1,4 @@
-"""`dinobench eval --suite S CKPT...`."""
+"""`dinobench eval --suite S CKPT|RUN...`."""
 
 from __future__ import annotations
 
@@ -8,43 +8,86 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from dinobench.evaluate import Evaluation, Failure
     from dinobench.reporter import Reporter
     from dinobench.results import Result
+    from dinobench.runs import RunFolder
+    from dinobench.tracking import Store
+    from suites.suite import Suite
 
 
 def run_evaluation(
-    checkpoints: Annotated[list[Path], typer.Argument(metavar="CKPT...", help="Checkpoint files.")],
+    checkpoints: Annotated[
+        list[Path], typer.Argument(metavar="CKPT|RUN...", help="Checkpoint files; a run folder means all it has kept.")
+    ],
     suite: Annotated[list[str], typer.Option(help="Suite name or file; repeat it, or separate with commas.")],
     data: Annotated[str | None, typer.Option(help="Data set in place of the suite's own.")] = None,
     output: Annotated[Path, typer.Option(help="Where results of a checkpoint outside a run folder go.")] = Path("runs"),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Seed of draws and bootstrap.")] = 0,
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", help="Follow one run folder: evaluate each checkpoint as it comes, until it ends."),
+    ] = False,
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Also a backbone that the file does not fill; the rest is random.")
+    ] = False,
     track: Annotated[bool, typer.Option("--track/--no-track", help="Log new results to MLflow.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Measure suites on checkpoints. What was measured before is read from the stored results.
 
-    --json prints the result, or a list of results when several suites or checkpoints are given.
+    Several of these commands may work on one run: they divide it. With --watch the exit code is 0 when the run
+    finished, and 3 when it ended otherwise. --json prints the result, or a list of results when several suites or
+    checkpoints are given.
     """
     from dinobench.evaluate import Evaluation, evaluate
     from dinobench.reporter import Reporter
+    from dinobench.runs import RunFolder
+    from pretrain.errors import UsageError
     from suites.suite import load_suite
 
     reporter = Reporter()
     suites = [load_suite(name) for name in split_names(suite)]
-    settings = Evaluation(output=output, data=data, device=device, seed=seed)
-    results, failures = [], []
-    for checkpoint in checkpoints:
-        done, failed = evaluate(checkpoint, suites, settings, reporter.say)
+    settings = Evaluation(output=output, data=data, device=device, seed=seed, allow_partial=allow_partial)
+    runs = [path for path in checkpoints if RunFolder(path).exists]
+    if watch and (len(checkpoints) != 1 or not runs):
+        raise UsageError("--watch follows one run folder (it has a run.json): give that alone, one command per run")
+    results, shown, failures, advice = [], [], [], ""
+    for path in checkpoints:
+        if path in runs:
+            done, failed, advice = _evaluate_run(RunFolder(path), suites, settings, reporter, watch=watch, track=track)
+            shown += _print_curve(path.absolute().name, done, as_json)
+        else:
+            done, failed = evaluate(path, suites, settings, reporter.say)
+            if track:
+                _track(path, done, output, reporter)
+            shown += done
         results += done
         failures += failed
-        if track:
-            _track(checkpoint, done, output, reporter)
-    _print(results, as_json, single=len(checkpoints) * len(suites) == 1)
+    _print(results if as_json else shown, as_json, single=len(checkpoints) * len(suites) == 1 and not runs)
     for failure in failures:
         reporter.warn(f"not measured: {failure.suite} on {failure.checkpoint}: {failure.reason}")
-    if failures:
+    if advice:
+        reporter.warn(advice)
+    if failures or advice:
         raise typer.Exit(3)
+
+
+def _evaluate_run(
+    run: RunFolder, suites: list[Suite], settings: Evaluation, reporter: Reporter, *, watch: bool, track: bool
+) -> tuple[list[Result], list[Failure], str]:
+    """Results and failures of a run, and what to do when a watched run did not finish."""
+    from dinobench.tracking import tracking_uri
+    from dinobench.watch import evaluate_run
+    from dinobench.watch import watch as follow
+
+    log = _Log(run, tracking_uri(run.path.parent), reporter)
+    record = log if track else (lambda result: None)
+    if not watch:
+        return *evaluate_run(run, suites, settings, reporter.say, record), ""
+    watched = follow(run, suites, settings, reporter.say, record)
+    return watched.results, watched.failures, watched.advice
 
 
 def split_names(values: list[str]) -> list[str]:
@@ -74,21 +117,60 @@ def _print(results: list[Result], as_json: bool, *, single: bool) -> None:
             print_text(f"from the cache: {', '.join(stored)}")
 
 
-def _track(checkpoint: Path, results: list[Result], output: Path, reporter: Reporter) -> None:
-    """Log results that are new; MLflow takes seconds to import, so not at all when there are none."""
-    from dinobench import mirror, tracking
-    from dinobench.runs import run_of_checkpoint
+def _print_curve(run: str, results: list[Result], as_json: bool) -> list[Result]:
+    """Headline scores of a run by training step, one row per checkpoint; gives the last ones, to be shown in full."""
+    from dinobench.cli.output import print_table
+    from dinobench.cli.report import last_results
+    from dinobench.entries import number
 
-    new = [result for result in results if not result.from_cache]
-    if not new:
-        return
+    if as_json or not results:
+        return []
+    columns = {result.suite: f"{result.suite_name} {result.headline}" for result in results}
+    rows: dict[tuple[int, int], dict[str, str]] = {}
+    for result in results:
+        facts = result.provenance
+        at = int(facts.get("step") or 0), int(facts.get("images_seen") or 0)
+        rows.setdefault(at, {})[result.suite] = number(result.score)
+    cells = [
+        [str(step), str(images), *(rows[step, images].get(s, "-") for s in columns)] for step, images in sorted(rows)
+    ]
+    print_table(f"{run}, scores in percent", ["step", "images seen", *columns.values()], cells)
+    return last_results(results)
+
+
+class _Log:
+    """Logs results to MLflow one by one, what is there already not again. A store that fails is told of once."""
+
+    def __init__(self, run: RunFolder | None, uri: str, reporter: Reporter):
+        self.run, self.uri, self._reporter = run, uri, reporter
+        self._store: Store | None = None
+        self._failed = False
+
+    def __call__(self, result: Result) -> None:
+        from dinobench import mirror, tracking  # MLflow takes seconds to import: not at all when there is no result
+
+        if self._failed:
+            return
+        try:
+            if self._store is None:
+                self._store = tracking.connect(self.uri)
+                self._reporter.say(f"logging to {tracking.masked(self.uri)}")
+            # asked for each time: the run itself may enter MLflow only while we watch it
+            pretraining = self._store.find_pretraining(self.run.state().key) if self.run else None
+            mirror.log_result(self._store, self.run, result, pretraining)
+        except tracking.TrackingUnavailable as error:
+            self._failed = True
+            again = f"; `dinobench runs sync {self.run.path}` logs it later" if self.run else ""
+            self._reporter.warn(f"not logged to MLflow: {error}; the result is in its file all the same{again}")
+
+
+def _track(checkpoint: Path, results: list[Result], output: Path, reporter: Reporter) -> None:
+    """Log the new results of a checkpoint file."""
+    from dinobench.runs import run_of_checkpoint
+    from dinobench.tracking import tracking_uri
+
     run = run_of_checkpoint(checkpoint)
-    uri = tracking.tracking_uri(run.path.parent if run else output)
-    try:
-        store = tracking.connect(uri)
-        pretraining = store.find_pretraining(run.state().key) if run else None
-        for result in new:
-            mirror.log_result(store, run, result, pretraining)
-        reporter.say(f"logged to {tracking.masked(uri)}")
-    except tracking.TrackingUnavailable as error:
-        reporter.warn(f"not logged to MLflow: {error}; the result is in its file all the same")
+    log = _Log(run, tracking_uri(run.path.parent if run else output), reporter)
+    for result in results:
+        if not result.from_cache:
+            log(result)

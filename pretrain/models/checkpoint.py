@@ -1,30 +1,50 @@
 """From a checkpoint file to a network that can be measured.
 
-`load` builds backbone and head from the sections `model` and `head` of the recipe in the file. Other layouts enter
-through LAYOUTS: one entry that recognises a file and names the function that takes it apart.
+`load` builds backbone and head from the sections `model` and `head` of the recipe in a file of ours, and from names
+and shapes in a file of another project (`layouts`, `timm_names`, `architectures`). Every tensor of the backbone must
+find its place: a network that is half random still gives a number.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from pretrain.errors import DinobenchError, UsageError, unknown_name
 from pretrain.models.backbones import ModelConfig, create_backbone, feature_dim
-from pretrain.models.checkpoint_file import FORMAT, read, save
+from pretrain.models.checkpoint_file import FORMAT, SAFETENSORS, read, save, save_safetensors
+from pretrain.models.filling import fill, listed
+from pretrain.models.foreign_heads import ForeignPrototypes
 from pretrain.models.heads import HeadConfig, ProjectionHead
+from pretrain.models.layouts import FOREIGN
+from pretrain.models.parts import Layout, Network, Parts, Payload, Request
 from pretrain.models.prototypes import Prototypes
 
-__all__ = ["FORMAT", "LAYOUTS", "Layout", "LoadedModel", "Parts", "load", "read", "save", "weights_sha256"]
+__all__ = [
+    "EXPORT_FORMAT",
+    "FORMAT",
+    "LAYOUTS",
+    "Layout",
+    "LoadedModel",
+    "Network",
+    "Parts",
+    "export",
+    "load",
+    "read",
+    "save",
+    "weights_sha256",
+]
 
-Network = Literal["teacher", "student"]
+EXPORT_FORMAT = "dinobench-backbone-1"
+_EXPORTED_FACTS = ("method", "arch", "label", "step", "images_seen", "epoch", "seed", "network", "recipe_hash")
 Config = TypeVar("Config", bound=BaseModel)
 
 
@@ -36,6 +56,7 @@ class LoadedModel:
     """Images [B, 3, H, W] -> features [B, D]."""
     head: ProjectionHead | None
     prototypes: Prototypes | None
+    """Those of the head; alone where the file has them without the MLP before them."""
     normaliser: str
     """`none`, `vmf` or `vmf_leading`: what the head adds to its logits."""
     temperature: float | None
@@ -43,63 +64,66 @@ class LoadedModel:
     provenance: dict[str, Any]
     """path, sha256, format, method, arch, label, step, images_seen, epoch, seed, network, recipe_hash, weights_sha256,
     model (its ModelConfig as plain values), matched (number of backbone tensors), missing, unexpected, coverage
-    (percent)."""
+    (percent), dropped (names of what no feature depends on), notes. What a file does not tell is None."""
 
     def report(self) -> str:
         """What was loaded, in one line."""
         facts = self.provenance
-        return (
-            f"{facts['network']} of {facts['label']} at step {facts['step']} (epoch {facts['epoch']}, "
-            f"{facts['images_seen']} images seen): {facts['matched']} backbone tensors matched, "
-            f"{len(facts['missing'])} missing, {len(facts['unexpected'])} unexpected, "
-            f"coverage {facts['coverage']:.0f} %"
+        where = [("step", facts["step"]), ("epoch", facts["epoch"]), ("images seen", facts["images_seen"])]
+        told = ", ".join(f"{name} {value}" for name, value in where if value is not None)
+        line = (
+            f"{facts['network']} of {facts['label']}{f' ({told})' if told else ''}: {facts['matched']} backbone "
+            f"tensors matched, {len(facts['missing'])} missing, {len(facts['unexpected'])} unexpected, "
+            f"coverage {facts['coverage']:.4g} %"
         )
+        extra = [f"dropped {listed(facts['dropped'])}"] if facts["dropped"] else []
+        return "; ".join([line, *extra, *facts["notes"]])
 
 
-def load(path: str | Path, *, network: Network = "teacher") -> LoadedModel:
+def load(
+    path: str | Path,
+    *,
+    network: Network = "teacher",
+    allow_partial: bool = False,
+    num_heads: int | None = None,
+    model: ModelConfig | None = None,
+) -> LoadedModel:
     """Build the network of a checkpoint for evaluation, from the file alone.
 
     Args:
-        path: a checkpoint file.
+        path: a checkpoint file of any layout in `LAYOUTS`.
         network: `teacher` (the default: what is evaluated in DINO) or `student`.
+        allow_partial: build the backbone also when the file does not fit it; what is missing keeps a fixed random
+            value.
+        num_heads: attention heads of a foreign ViT, where its width does not tell.
+        model: architecture of a foreign file, where its shapes do not tell.
 
     Raises:
-        DinobenchError: see `read`; also an unknown layout, or weights that do not fit the network in the recipe.
+        DinobenchError: see `read`; also an unknown layout, an unknown architecture, or weights that do not fit.
     """
     if network not in ("teacher", "student"):
         raise unknown_name("network", network, ("teacher", "student"))
-    path = Path(path)
-    payload = read(path, mmap=True)
+    request = Request(Path(path), network, num_heads, model)
+    payload = read(request.path, mmap=True)
     layout = next((layout for layout in LAYOUTS if layout.recognises(payload)), None)
     if layout is None:
         keys = ", ".join(sorted(str(key) for key in payload)[:8])
         raise DinobenchError(
-            f"{path} has a layout that is not known here (keys: {keys}): "
-            f"expected one of {', '.join(layout.name for layout in LAYOUTS)}"
+            f"{path} has a layout that is not known here (keys: {keys}): expected one of "
+            f"{', '.join(layout.name for layout in LAYOUTS)}; save the backbone's state dict alone in a new file"
         )
-    parts = layout.take_apart(payload, network, path)
-    return _assemble(parts, network, path, layout.name)
+    return _assemble(layout.take_apart(payload, request), request, layout.name, allow_partial)
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a layout finds in a file."""
+def export(model: LoadedModel, path: str | Path) -> None:
+    """Write the backbone under timm's names, with a header from which `load` builds it again.
 
-    model: ModelConfig
-    head: HeadConfig | None
-    state: Mapping[str, Tensor]
-    """Keys `backbone.*` and `head.*`."""
-    temperature: float | None
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """One way to arrange a checkpoint file."""
-
-    name: str
-    recognises: Callable[[Mapping[str, Any]], bool]
-    take_apart: Callable[[Mapping[str, Any], Network, Path], Parts]
+    Raises:
+        DinobenchError: the file cannot be written.
+    """
+    facts = {key: model.provenance.get(key) for key in (*_EXPORTED_FACTS, "model")}
+    header = {"format": "pt", "dinobench": json.dumps({"format": EXPORT_FORMAT, **facts})}
+    save_safetensors(path, model.backbone.state_dict(), header)
 
 
 def weights_sha256(module: nn.Module) -> str:
@@ -111,10 +135,11 @@ def weights_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _take_ours_apart(payload: Mapping[str, Any], network: Network, path: Path) -> Parts:
+def _take_ours_apart(payload: Payload, request: Request) -> Parts:
     # Imported here: the recipe's modules build on this package.
     from pretrain.training.recipe import recipe_hash
 
+    path, network = request.path, request.network
     absent = [key for key in ("recipe", network, "step") if key not in payload]
     if absent:
         raise DinobenchError(f"{path} is a {FORMAT} file without {', '.join(absent)}: take another checkpoint")
@@ -127,6 +152,7 @@ def _take_ours_apart(payload: Mapping[str, Any], network: Network, path: Path) -
         temperature = _dig(recipe, "objective", "student_temperature")
     data = str(_dig(recipe, "data", "name") or "").split(":")[0]
     facts = {
+        "network": network,
         "method": method,
         "arch": model.label,
         "label": "-".join(str(part) for part in (method, model.label, data) if part),
@@ -137,17 +163,49 @@ def _take_ours_apart(payload: Mapping[str, Any], network: Network, path: Path) -
     return Parts(model, head, payload[network], temperature, facts)
 
 
-LAYOUTS: tuple[Layout, ...] = (Layout(FORMAT, lambda payload: payload.get("format") == FORMAT, _take_ours_apart),)
+def _is_export(payload: Payload) -> bool:
+    return payload.get("format") == SAFETENSORS and EXPORT_FORMAT in payload["metadata"].get("dinobench", "")
 
 
-def _assemble(parts: Parts, network: Network, path: Path, layout: str) -> LoadedModel:
-    with torch.random.fork_rng(devices=[]):  # the fresh weights are overwritten; the caller's generator stays put
+def _take_export_apart(payload: Payload, request: Request) -> Parts:
+    try:
+        facts = dict(json.loads(payload["metadata"]["dinobench"]))
+    except ValueError as error:
+        raise DinobenchError(f"the header of {request.path} is damaged ({error}): export it again") from error
+    model = _section(ModelConfig, facts, "model", request.path)
+    if request.network == "student" and facts.get("network") != "student":
+        raise DinobenchError(f"{request.path} was exported from the {facts.get('network')}: ask for that")
+    state = {f"backbone.{name}": value for name, value in payload["state_dict"].items()}
+    return Parts(model, None, state, None, {key: facts.get(key) for key in _EXPORTED_FACTS})
+
+
+LAYOUTS: tuple[Layout, ...] = (
+    Layout(FORMAT, lambda payload: payload.get("format") == FORMAT, _take_ours_apart),
+    Layout(EXPORT_FORMAT, _is_export, _take_export_apart),
+    *FOREIGN,
+)
+"""Tried in this order."""
+
+
+def _assemble(parts: Parts, request: Request, layout: str, allow_partial: bool) -> LoadedModel:
+    path = request.path
+    with torch.random.fork_rng(devices=[]):  # the caller's generator stays put
+        torch.manual_seed(0)  # what a partial load leaves is the same every time
         backbone = create_backbone(parts.model)
         head = ProjectionHead(feature_dim(backbone), parts.head) if parts.head is not None else None
-    matched, missing, unexpected = _fill(backbone, parts.state, "backbone.", path)
+    match = fill(backbone, parts.state, "backbone.", parts.droppable)
+    if not match.complete and not (allow_partial and match.matched):
+        raise DinobenchError(match.refusal("backbone", path, parts.model.name))
+    notes = list(parts.notes)
     if head is not None:
-        _fill(head, parts.state, "head.", path)
-    for module in filter(None, (backbone, head)):
+        fits = fill(head, parts.state, "head.")
+        if not fits.complete and parts.prototypes is None:
+            raise DinobenchError(fits.refusal("head", path, "its recipe"))
+        if not fits.complete:
+            notes.append("the head does not fit the backbone: its prototypes are read alone")
+            head = None
+    prototypes = head.last_layer if head is not None else _alone(parts.prototypes)
+    for module in filter(None, (backbone, head, prototypes)):
         module.eval().requires_grad_(False)
     with open(path, "rb") as file:
         file_hash = hashlib.file_digest(file, "sha256").hexdigest()
@@ -155,41 +213,28 @@ def _assemble(parts: Parts, network: Network, path: Path, layout: str) -> Loaded
         "path": str(path),
         "sha256": file_hash,
         "format": layout,
-        "network": network,
         **parts.facts,
         "model": parts.model.model_dump(mode="json"),
         "weights_sha256": weights_sha256(backbone),
-        "matched": len(matched),
-        "missing": missing,
-        "unexpected": unexpected,
-        "coverage": 100 * len(matched) / max(len(matched) + len(missing), 1),
+        "matched": len(match.matched),
+        "missing": match.missing,
+        "unexpected": match.unexpected,
+        "coverage": match.coverage,
+        "dropped": sorted([*parts.dropped, *match.dropped]),
+        "notes": notes,
     }
-    prototypes = head.last_layer if head is not None else None
     normaliser = parts.head.normaliser if parts.head is not None else "none"
     return LoadedModel(backbone, head, prototypes, normaliser, parts.temperature, provenance)
 
 
-def _fill(
-    module: nn.Module, state: Mapping[str, Tensor], prefix: str, path: Path
-) -> tuple[list[str], list[str], list[str]]:
-    """Load the keys below `prefix`; anything that does not match exactly is refused. Gives the names by fate."""
-    own = module.state_dict()
-    given = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-    matched = sorted(own.keys() & given.keys())
-    if missing or unexpected:
-        raise DinobenchError(
-            f"the {prefix[:-1]} in {path} does not fit its recipe: {len(matched)} tensors match, "
-            f"missing {_listed(missing)}, unexpected {_listed(unexpected)}"
-        )
-    for name in matched:
-        if own[name].shape != given[name].shape:
-            raise DinobenchError(
-                f"{prefix}{name} in {path} has shape {tuple(given[name].shape)}; "
-                f"the recipe in the file makes it {tuple(own[name].shape)}"
-            )
-    module.load_state_dict(given)
-    return matched, missing, unexpected
+def _alone(found: ForeignPrototypes | None) -> Prototypes | None:
+    """Prototypes without the MLP before them."""
+    if found is None:
+        return None
+    num, dim = found.shape
+    prototypes = Prototypes(dim, num, found.kind)
+    prototypes.load_state_dict(found.state)
+    return prototypes
 
 
 def _section(config: type[Config], recipe: Mapping[str, Any], name: str, path: Path) -> Config:
@@ -197,10 +242,6 @@ def _section(config: type[Config], recipe: Mapping[str, Any], name: str, path: P
         return config.model_validate(recipe.get(name))
     except (ValidationError, UsageError) as error:
         raise DinobenchError(f"the section {name!r} of the recipe in {path} cannot be read: {error}") from error
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "none"
 
 
 def _dig(values: Any, *keys: str) -> Any:

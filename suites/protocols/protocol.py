@@ -3,12 +3,18 @@
 A protocol is a file of this folder with three names: `Parameters` (its pinned numbers), `NEEDS_LABELS`, and
 `run(train, test, parameters, context) -> Outcome`. The file name is the protocol's name; nothing is registered.
 A protocol reads features and returns named scores; extracting, caching, tracking and printing happen elsewhere.
+
+A benchmark that is more than labelled images (queries and a database, images at several sizes, videos) has a protocol
+that sets `READS_IMAGES = True`. It has `open_data(dataset, data, parameters) -> BenchmarkData` and
+`run(data, extractor, parameters, context) -> Outcome` with a suites.extractor.Extractor, which applies the frozen
+network and caches; its Parameters pin the transform too, so a suite's own `transform` and `feature` do not apply. It
+may have `pixel_scores(data, parameters, context)` for the baseline raw_pixels.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pandas as pd
 from pydantic import BaseModel, ConfigDict
@@ -68,6 +74,22 @@ class Outcome:
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     """Sentences a reader of the scores must know, for example what is not applicable and why."""
+
+
+class BenchmarkData(Protocol):
+    """The opened files of a benchmark, for a protocol that reads images."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the files and of everything that says what they mean."""
+        ...
+
+    def receipt(self) -> dict[str, dict[str, Any]]:
+        """By role: name, split, n, fingerprint."""
+        ...
 
 
 def sample_table(split: Split, prediction: Tensor, correct: Tensor, **more: Tensor) -> pd.DataFrame:

@@ -11,7 +11,8 @@ Utilisation, over the n images of train (counts grow with n: compare them at equ
 Precision, kappa_k = ||w_k||/tau (DINO-vMF, section 3): quantiles over the prototypes.
 Purity: share of train images whose class is the majority class of their prototype; `top1` gives each test image the
 majority class of its prototype (a prototype without train images is always wrong).
-Agreement of the test images' prototypes with their classes: assignment_nmi, _ari, _fmi, _hungarian.
+Agreement of the test images' prototypes with their classes: assignment_nmi, _ari, _fmi, _hungarian (iBOT), and _ami,
+the mutual information adjusted for chance: with thousands of prototypes, NMI is high for any assignment.
 Accuracy of weighted kNN over the test images in percentile ranges of the ||w_k|| of their prototype (DINO-vMF,
 Figure 2); not applicable when all norms are equal. Images of equal norm keep the order of the data set.
 
@@ -84,10 +85,13 @@ def run(train: Split, test: Split, parameters: Parameters, context: Context) -> 
     ]
     samples = pd.DataFrame()
     if len(train.labels):
+        from sklearn.metrics import adjusted_mutual_info_score
+
         chosen, _ = assign(context.model.head, test.features, temperature, context.device)
         purity, samples, majority, share = _purity(train, test, assigned, chosen, counts, context.num_classes)
         scores |= purity
         agreed = agreement(test.labels.numpy(), chosen.numpy())
+        agreed["ami"] = 100 * float(adjusted_mutual_info_score(test.labels.numpy(), chosen.numpy()))
         scores |= {f"assignment_{name}": value for name, value in agreed.items()}
         per_prototype |= {"majority": majority.numpy(), "purity": share.numpy()}
         by_norm = _knn_by_norm(train, test, norms[chosen], parameters, context)

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
+import suites.measure
+from dinobench.evaluate import Evaluation, evaluate
+from dinobench.files import read_json, sha256, write_json
 from dinobench.results import Result
 from dinobench.runs import RunFolder, find_run
-from pretrain.models import checkpoint_file
+from pretrain.errors import DinobenchError
+from pretrain.models import checkpoint, checkpoint_file
+from pretrain.models.backbones import ModelConfig, create_backbone
+from pretrain.models.checkpoint import LoadedModel
 from pretrain.training import loop
 from pretrain.training.recipe import Recipe, resolve
+from suites.measure import Measurement
+from suites.suite import load_suite
 
 QUICK = ("schedule.epochs=2", "schedule.warmup_epochs=1", "head.num_prototypes=32", "evaluation.suites=[]")
 
@@ -95,3 +107,116 @@ def fake_loop(monkeypatch: pytest.MonkeyPatch) -> FakeLoop:
     # its checkpoints hold no network
     monkeypatch.setattr("dinobench.train.draw_figures", lambda run: None)
     return fake
+
+
+class Measured:
+    """Stands for loading and measuring; counts both."""
+
+    def __init__(self) -> None:
+        self.loads, self.suites, self.fail = 0, [], ""
+
+    def load(self, path: Path, **options: Any) -> LoadedModel:
+        self.loads += 1
+        step = int(path.stem.removeprefix("step=")) if path.stem.startswith("step=") else 7
+        facts = {"sha256": sha256(path), "method": "dino", "arch": "vits16", "step": step, "images_seen": 64 * step}
+        facts |= {"epoch": 1, "seed": 0, "network": "teacher", "label": "dino-vits16-digits"}
+        facts |= {"matched": 1, "missing": [], "unexpected": [], "coverage": 100.0, "dropped": [], "notes": []}
+        return LoadedModel(torch.nn.Identity(), None, None, "none", None, facts)
+
+    def measure(self, suite: Any, model: LoadedModel, **options: Any) -> Measurement:
+        if suite.name == self.fail:
+            raise DinobenchError("data set absent")
+        self.suites.append(suite.name)
+        return Measurement(
+            suite=suite.id,
+            protocol=suite.protocol,
+            dataset="digits",
+            headline=suite.headline,
+            scores={suite.headline: torch.tensor(91.5).item(), "spread": float("nan")},
+            n=500,
+            interval=(90.0, 93.0),
+            baselines={},
+            samples=pd.DataFrame({"correct": [True]}),
+            tables={},
+            receipt={"seed": options["seed"]},
+            from_cache=False,
+            seconds=0.1,
+        )
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
+    measured = Measured()
+    monkeypatch.setattr(checkpoint, "load", measured.load)
+    monkeypatch.setattr(suites.measure, "measure", measured.measure)
+    return measured
+
+
+@dataclass
+class TrueResult:
+    """A result of digits_knn on a tiny ViT with random weights and on a part of the digits, and how to spoil it."""
+
+    file: Path
+    checkpoint: Path
+    images: Path
+
+    def alter(self, *keys: str, value: Any) -> None:
+        """Change one value in the result file."""
+        document = read_json(self.file)
+        inner = document
+        for key in keys[:-1]:
+            inner = inner[key]
+        assert inner[keys[-1]] != value
+        inner[keys[-1]] = value
+        write_json(self.file, document)
+
+    def alter_image(self, key: str) -> None:
+        """Change one pixel or one label."""
+        with np.load(self.images) as stored:
+            arrays = {name: stored[name].copy() for name in stored.files}
+        arrays[key].flat[0] += 1
+        np.savez(self.images, **arrays)
+
+    def alter_weight(self) -> None:
+        """Change one weight of the teacher."""
+        payload = checkpoint_file.read(self.checkpoint)
+        payload["teacher"]["backbone.norm.weight"][0] += 1e-3
+        checkpoint_file.save(self.checkpoint, payload)
+
+
+@pytest.fixture(scope="session")
+def measured_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint, images and the result of one on the other."""
+    from sklearn.datasets import load_digits
+
+    folder = tmp_path_factory.mktemp("measured")
+    digits = load_digits()
+    pixels, labels = (digits.images * 15).astype(np.uint8), digits.target
+    images = folder / "digits.npz"
+    parts = {"train": slice(0, 220), "test": slice(220, 300)}
+    arrays = {f"{name}_images": pixels[part] for name, part in parts.items()}
+    np.savez(images, **arrays, **{f"{name}_labels": labels[part] for name, part in parts.items()})
+
+    kwargs = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    model = ModelConfig(name="vit_tiny_patch16_224", kwargs=kwargs)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        weights = torch.nn.ModuleDict({"backbone": create_backbone(model)}).state_dict()
+    recipe = {"method": {"name": "dino"}, "data": {"name": "digits"}, "model": model.model_dump(mode="json")}
+    payload = {"format": checkpoint_file.FORMAT, "recipe": {**recipe, "head": None}, "step": 7, "images_seen": 448}
+    path = folder / "tiny.pt"
+    checkpoint_file.save(path, {**payload, "epoch": 1, "seed": 0, "student": weights, "teacher": weights})
+
+    settings = Evaluation(output=folder / "runs", data=f"npz:{images}", device="cpu")
+    results, failures = evaluate(path, [load_suite("digits_knn")], settings, lambda text: None)
+    assert (len(results), failures) == (1, [])
+    return folder
+
+
+@pytest.fixture
+def true_result(measured_once: Path, tmp_path: Path) -> TrueResult:
+    """A copy of that, to be spoilt."""
+    folder = shutil.copytree(measured_once, tmp_path / "measured")
+    (file,) = folder.glob("runs/evals/digits_knn@1/*.json")
+    file.write_text(file.read_text().replace(str(measured_once), str(folder)))
+    return TrueResult(file, folder / "tiny.pt", folder / "digits.npz")

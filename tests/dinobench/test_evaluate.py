@@ -1,69 +1,29 @@
 from __future__ import annotations
 
+import errno
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
-import torch
+from filelock import FileLock
 
 import suites.measure
 from dinobench import evaluate as module
-from dinobench.evaluate import Evaluation, evaluate
-from dinobench.files import sha256
+from dinobench.evaluate import Evaluation, evaluate, evaluate_all
 from dinobench.runs import RunFolder
 from pretrain.errors import DinobenchError
-from pretrain.models import checkpoint
-from pretrain.models.checkpoint import LoadedModel
-from suites.measure import Measurement
 from suites.suite import load_suite
-
-
-class Measured:
-    """Stands for loading and measuring; counts both."""
-
-    def __init__(self) -> None:
-        self.loads, self.suites, self.fail = 0, [], ""
-
-    def load(self, path: Path) -> LoadedModel:
-        self.loads += 1
-        facts = {"sha256": sha256(path), "method": "dino", "arch": "vits16", "step": 7, "epoch": 1, "seed": 0}
-        return LoadedModel(torch.nn.Identity(), None, None, "none", None, facts)
-
-    def measure(self, suite: Any, model: LoadedModel, **options: Any) -> Measurement:
-        if suite.name == self.fail:
-            raise DinobenchError("data set absent")
-        self.suites.append(suite.name)
-        return Measurement(
-            suite=suite.id,
-            protocol=suite.protocol,
-            dataset="digits",
-            headline=suite.headline,
-            scores={suite.headline: torch.tensor(91.5).item(), "spread": float("nan")},
-            n=500,
-            interval=(90.0, 93.0),
-            baselines={},
-            samples=pd.DataFrame({"correct": [True]}),
-            tables={},
-            receipt={"seed": options["seed"]},
-            from_cache=False,
-            seconds=0.1,
-        )
-
-
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
-    measured = Measured()
-    monkeypatch.setattr(checkpoint, "load", measured.load)
-    monkeypatch.setattr(suites.measure, "measure", measured.measure)
-    return measured
 
 
 def silent(text: str) -> None:
     """Say nothing."""
 
 
-def test_a_lone_checkpoint_is_measured_once_and_then_read(measured: Measured, tmp_path: Path) -> None:
+def test_a_lone_checkpoint_is_measured_once_and_then_read(measured: Any, tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes(b"weights")
     settings = Evaluation(output=tmp_path / "runs")
@@ -78,7 +38,7 @@ def test_a_lone_checkpoint_is_measured_once_and_then_read(measured: Measured, tm
     assert not module.missing([path], both, settings)
 
 
-def test_a_checkpoint_with_other_weights_is_measured_anew(measured: Measured, tmp_path: Path) -> None:
+def test_a_checkpoint_with_other_weights_is_measured_anew(measured: Any, tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     settings = Evaluation(output=tmp_path / "runs")
     for weights in (b"one", b"two"):
@@ -87,16 +47,14 @@ def test_a_checkpoint_with_other_weights_is_measured_anew(measured: Measured, tm
     assert measured.loads == 2
 
 
-def test_results_of_a_checkpoint_in_a_run_lie_in_its_run_folder(
-    measured: Measured, run: RunFolder, tmp_path: Path
-) -> None:
+def test_results_of_a_checkpoint_in_a_run_lie_in_its_run_folder(measured: Any, run: RunFolder, tmp_path: Path) -> None:
     run.last_checkpoint.write_bytes(b"weights")
     evaluate(run.last_checkpoint, [load_suite("digits_knn")], Evaluation(output=tmp_path / "elsewhere"), silent)
     assert len(list(run.path.glob("evals/digits_knn@1/*.json"))) == 1
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_a_suite_that_fails_does_not_stop_the_others(measured: Measured, tmp_path: Path) -> None:
+def test_a_suite_that_fails_does_not_stop_the_others(measured: Any, tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes(b"weights")
     measured.fail = "digits_knn"
@@ -104,6 +62,141 @@ def test_a_suite_that_fails_does_not_stop_the_others(measured: Measured, tmp_pat
     results, failures = evaluate(path, both, Evaluation(output=tmp_path / "runs"), silent)
     assert [result.suite_name for result in results] == ["digits_linear"]
     assert [(failure.suite, failure.reason) for failure in failures] == [("digits_knn@1", "data set absent")]
+
+
+def in_a_process(work: Callable[[], None]) -> Any:
+    """Run it in a forked process, which keeps what the test has replaced."""
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
+
+
+def wait_for_measurement(folder: Path) -> None:
+    deadline = time.monotonic() + 20
+    while not list(folder.iterdir()):
+        assert time.monotonic() < deadline, "nothing was measured"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def slow(measured: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder with a file for every measurement, named by process, suite and checkpoint, which takes a moment."""
+    folder = tmp_path / "measurements"
+    folder.mkdir()
+
+    def measure(suite: Any, model: Any, **options: Any) -> Any:
+        started = time.monotonic_ns()
+        (folder / f"{os.getpid()} {suite.name} {model.provenance['step']} {started}").touch()
+        time.sleep(float(os.environ["SECONDS"]))
+        return measured.measure(suite, model, **options)
+
+    monkeypatch.setenv("SECONDS", "0.1")
+    monkeypatch.setattr(suites.measure, "measure", measure)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_two_processes_divide_a_run_and_do_nothing_twice(slow: Path, run: RunFolder, tmp_path: Path) -> None:
+    checkpoints = [run.checkpoints / f"step={step:08d}.pt" for step in range(1, 7)]
+    for path in checkpoints:
+        path.write_bytes(path.name.encode())
+    both = [load_suite("digits_knn"), load_suite("digits_linear")]
+
+    def work() -> None:
+        results, failures = evaluate_all(checkpoints, both, Evaluation(output=tmp_path), silent)
+        assert [(result.provenance["step"], result.suite_name) for result in results] == [
+            (step, suite.name) for step in range(1, 7) for suite in both
+        ]
+        assert not failures
+
+    processes = [in_a_process(work) for _ in range(2)]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    measured = [path.name.split() for path in slow.iterdir()]
+    assert len(measured) == 12
+    assert len({(suite, step) for _, suite, step, _ in measured}) == 12
+    assert {pid for pid, *_ in measured} == {str(process.pid) for process in processes}
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_what_another_process_measures_is_waited_for_and_read(
+    slow: Path, run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.last_checkpoint.write_bytes(b"weights")
+    said: list[str] = []
+
+    def work(say: Callable[[str], None] = silent) -> Any:
+        return evaluate(run.last_checkpoint, [load_suite("digits_knn")], Evaluation(output=tmp_path), say)
+
+    monkeypatch.setenv("SECONDS", "0.5")
+    other = in_a_process(work)
+    wait_for_measurement(slow)
+    (result,), _ = work(said.append)
+    other.join(20)
+    assert result.from_cache
+    assert len(list(slow.iterdir())) == 1
+    assert "another process measures it" in said[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_a_process_that_died_blocks_nobody(
+    slow: Path, run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.last_checkpoint.write_bytes(b"weights")
+
+    def work() -> Any:
+        return evaluate(run.last_checkpoint, [load_suite("digits_knn")], Evaluation(output=tmp_path), silent)
+
+    monkeypatch.setenv("SECONDS", "60")
+    other = in_a_process(work)
+    wait_for_measurement(slow)
+    other.kill()
+    other.join(20)
+    monkeypatch.setenv("SECONDS", "0")
+    (result,), _ = work()
+    assert not result.from_cache
+    assert len(list(run.path.glob("evals/*/*.json"))) == 1
+
+
+def test_a_checkpoint_that_cannot_be_read_does_not_stop_the_others(
+    measured: Any, run: RunFolder, tmp_path: Path
+) -> None:
+    run.last_checkpoint.write_bytes(b"weights")
+    absent = run.checkpoints / "step=00000001.pt"
+    recorded: list[str] = []
+    results, failures = evaluate_all(
+        [absent, run.last_checkpoint],
+        [load_suite("digits_knn")],
+        Evaluation(output=tmp_path),
+        silent,
+        lambda result: recorded.append(result.suite_name),
+    )
+    assert [result.checkpoint for result in results] == [str(run.last_checkpoint)]
+    assert recorded == ["digits_knn"]
+    assert [(failure.suite, failure.checkpoint) for failure in failures] == [("digits_knn@1", absent)]
+
+
+def test_a_place_without_locks_is_told_as_one_that_cannot_be_written(
+    measured: Any, run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(lock: Any, **options: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    run.last_checkpoint.write_bytes(b"weights")
+    monkeypatch.setattr(FileLock, "acquire", no_locks)
+    with pytest.raises(DinobenchError, match=r"cannot write .*\.lock: no locks available"):
+        evaluate(run.last_checkpoint, [load_suite("digits_knn")], Evaluation(output=tmp_path), silent)
+
+
+def test_a_long_feature_pass_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 5.5, 5.5, 6.0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    said: list[str] = []
+    progress = module.feature_lines(said.append)
+    for done in (10, 20, 30):
+        progress("features of digits train", done, 100)
+    assert said == ["features of digits train: 20 of 100 images"]
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from pretrain.data.images import ArraySource, ImageSet, array_fingerprint
 from pretrain.models.backbones import ModelConfig, create_backbone, feature_dim
@@ -49,6 +51,24 @@ def build_images(
     classes = tuple(f"class{i}" for i in range(num_classes)) if labelled else ()
     fingerprint = array_fingerprint(pixels, given)
     return ImageSet("patterns", split, fingerprint, ArraySource(pixels), labels=given, classes=classes)
+
+
+@pytest.fixture
+def official_vit() -> Callable[[dict[str, np.ndarray]], nn.Module]:
+    """A network with the weights `sd.*` of a golden file, by the official rule for positions."""
+
+    def build(reference: dict[str, np.ndarray]) -> nn.Module:
+        state = {key.removeprefix("sd."): torch.from_numpy(a) for key, a in reference.items() if key.startswith("sd.")}
+        width, depth = state["norm.weight"].numel(), 1 + max(int(k.split(".")[1]) for k in state if "blocks." in k)
+        patch = state["patch_embed.proj.weight"].shape[-1]
+        side = patch * round((state["pos_embed"].shape[1] - 1) ** 0.5)
+        # 3 heads: the file of dino_vit says so, and no other number gives the features of the other files.
+        kwargs = {"img_size": side, "patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": 3}
+        backbone = create_backbone(ModelConfig(name="vit_tiny_patch16_224", kwargs=kwargs, pos_interpolation="dino"))
+        backbone.load_state_dict(state)
+        return backbone.eval()
+
+    return build
 
 
 @pytest.fixture

@@ -24,6 +24,9 @@ DIGITS = [name for name in suite_names() if name.startswith("digits_")]
 SMALL = {
     "digits_linear": {"epochs": 2, "learning_rates": [0.1, 1.0], "num_folds": 1},
     "digits_clusters": {"num_seeds": 1},
+    "digits_linear_sweep": {"epochs": 2, "learning_rates": [0.1, 1.0]},
+    "digits_logistic": {"num_penalties": 4},
+    "digits_logistic_fewshot": {"num_draws": 2},
 }
 
 
@@ -51,7 +54,7 @@ def test_digits_suites_measure_a_random_network_twice_the_same(
     assert first.interval[0] <= first.scores[first.headline] <= first.interval[1]
     assert all(first.headline in scores for scores in first.baselines.values())
     assert first.dataset == "digits"
-    assert first.n == (1297 if name == "digits_prototypes" else 500)
+    assert first.n == (1297 if name in ("digits_prototypes", "digits_representation") else 500)
     assert len(first.samples) == 500
     assert {"index", "label"} <= set(first.samples.columns)
 

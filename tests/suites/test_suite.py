@@ -17,15 +17,18 @@ def test_every_shipped_suite_loads_under_its_own_name(name: str) -> None:
     suite = load_suite(name)
     assert suite.name == name
     assert load_suite(suite.id) == suite
-    assert name.endswith(f"_{suite.protocol}")
+    assert suite.reads_images or name.endswith(f"_{suite.protocol}")
     assert suite.paper and suite.description
 
 
 def test_catalogue_holds_the_promised_suites() -> None:
-    protocols = ("knn", "linear", "fewshot", "clusters", "prototypes")
+    probes = ("knn", "linear", "linear_sweep", "logistic", "fewshot", "representation")
+    protocols = (*probes, "clusters", "prototypes")
     small = {f"{data}_{protocol}" for data in ("digits", "fashion_mnist", "cifar10") for protocol in protocols}
-    assert set(suite_names()) == small | {"imagenet_knn", "imagenet_linear"}
-    assert set(suites.protocol_names()) == set(protocols)
+    benchmarks = {"roxford", "rparis", "coil20_retrieval", "copydays", "davis2016", "davis2017"}
+    assert set(suite_names()) >= small | benchmarks | {f"imagenet_{protocol}" for protocol in probes}
+    on_images = {"retrieval", "copy_detection", "label_propagation"}
+    assert set(suites.protocol_names()) >= set(protocols) | on_images
 
 
 @pytest.mark.parametrize("name", [name for name in suite_names() if name.endswith("knn")])
@@ -52,6 +55,8 @@ def test_a_version_that_is_not_shipped_is_refused() -> None:
         ("name: mine\nversion: one\nprotocol: knn\nheadline: top1", "version: .*integer"),
         ("name: mine\nversion: 1\nprotocol: knn\nheadline: top1\nparameters: {kk: [1]}", r"parameters\.kk"),
         ("name: mine\nversion: 1\nprotocol: prototypes\nfeature: cls+avg\nheadline: used", "expected feature cls"),
+        ("name: mine\nversion: 1\nprotocol: retrieval\nfeature: cls+avg\nheadline: map", "neither transform nor feat"),
+        ("name: mine\nversion: 1\nprotocol: retrieval\ntransform: {crop: 96}\nheadline: map", "neither transform nor"),
         ("- a list", "must hold a suite"),
         ("name: [", "not valid YAML"),
     ],

@@ -96,7 +96,7 @@ def test_provenance_says_what_was_loaded(path: Path) -> None:
     assert {key: facts[key] for key in expected} == expected
     assert len(facts["sha256"]) == len(facts["weights_sha256"]) == 64
     assert facts["recipe_hash"]
-    assert "teacher of method_of_another_machine-vit-d24l2p4-folder at step 7" in model.report()
+    assert "teacher of method_of_another_machine-vit-d24l2p4-folder (step 7, epoch 1" in model.report()
     assert "0 missing, 0 unexpected, coverage 100 %" in model.report()
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import errno
+import pickle
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 
 from pretrain.errors import DinobenchError
 from pretrain.models import checkpoint_file
-from pretrain.models.checkpoint_file import read, save
+from pretrain.models.checkpoint_file import read, save, save_safetensors
 
 
 def test_payload_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -132,10 +134,15 @@ def test_bare_tensor_is_refused(tmp_path: Path) -> None:
         read(tmp_path / "a.pt")
 
 
-def test_classes_to_unpickle_are_listed_and_refused(tmp_path: Path) -> None:
-    torch.save({"args": argparse.Namespace(lr=1)}, tmp_path / "a.pt")
-    with pytest.raises(DinobenchError, match=r"asks to unpickle argparse\.Namespace"):
-        read(tmp_path / "a.pt")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_namespace_of_dino_is_read_and_nothing_else(tmp_path: Path, zipped: bool) -> None:
+    arguments = argparse.Namespace(arch="vit_small", teacher_temp=0.04, local_crops_scale=(0.05, 0.4))
+    torch.save({"args": arguments}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    assert read(tmp_path / "a.pt")["args"] == arguments
+    more = {"args": arguments, "home": Path("x"), "loss": np.float64(1), "when": datetime.date(2020, 1, 1)}
+    torch.save(more, tmp_path / "b.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(DinobenchError, match=r"asks to unpickle .*datetime\.date.*numpy.*pathlib.*state dicts alone"):
+        read(tmp_path / "b.pt")
 
 
 def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
@@ -148,3 +155,19 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
         with pytest.raises(DinobenchError, match=r"unpickle|not a checkpoint"):
             read(tmp_path / name)
     assert not (tmp_path / "ran").exists()
+
+
+def test_file_that_is_a_plain_pickle_is_refused_with_what_it_asks_for(tmp_path: Path) -> None:
+    """Protocol 4 keeps the names on its stack."""
+    (tmp_path / "a.pth").write_bytes(pickle.dumps({"weights": np.zeros(2)}, protocol=4))
+    with pytest.raises(DinobenchError, match=r"asks to unpickle numpy"):
+        read(tmp_path / "a.pth")
+
+
+def test_safetensors_come_back_with_their_header(tmp_path: Path) -> None:
+    save_safetensors(tmp_path / "a.safetensors", {"w": torch.arange(6.0).view(2, 3).T}, {"note": "x"})
+    found = read(tmp_path / "a.safetensors")
+    assert torch.equal(found["state_dict"]["w"], torch.arange(6.0).view(2, 3).T)
+    assert found["metadata"] == {"note": "x"}
+    (tmp_path / "a.safetensors").rename(tmp_path / "blob")  # a hub's cache names files by their hash
+    assert read(tmp_path / "blob")["format"] == "safetensors"

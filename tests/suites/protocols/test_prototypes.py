@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import adjusted_mutual_info_score
 
 from pretrain.errors import DinobenchError
 from pretrain.models.checkpoint import LoadedModel
@@ -73,6 +74,22 @@ def test_purity_and_majority_vote_agree_with_a_plain_count(context: Context, spl
     assert outcome.scores["purity"] == pytest.approx(100 * hits / len(train))
     assert (table["majority"].to_numpy()[samples["prototype"]] == samples["prediction"]).all()
     assert outcome.scores["top1"] == pytest.approx(100 * samples["correct"].mean())
+
+
+def test_agreement_of_an_assignment_by_chance_is_none_after_adjustment(
+    context: Context, splits: tuple[Split, Split]
+) -> None:
+    train, test = splits
+    assert context.model is not None and context.model.head is not None
+    chosen, _ = prototypes.assign(context.model.head, test.features, 0.04, "cpu")
+    real = prototypes.run(train, test, prototypes.Parameters(), context).scores
+    assert real["assignment_ami"] == pytest.approx(100 * adjusted_mutual_info_score(test.labels, chosen))
+    generator = torch.Generator().manual_seed(0)
+    shuffled = Split(test.features, test.labels[torch.randperm(len(test), generator=generator)], test.index)
+    scores = prototypes.run(train, shuffled, prototypes.Parameters(), context).scores
+    assert abs(scores["assignment_ami"]) < 3
+    assert scores["assignment_nmi"] > 6
+    assert scores["assignment_ami"] < real["assignment_ami"]
 
 
 def test_knn_by_norm_sorts_the_test_images_by_the_norm_of_their_prototype(

@@ -1,0 +1,185 @@
+"""What is checked around the reading of a checkpoint that somebody else made: before its pickle is read, and after.
+
+    before   the file is no web page, no Git LFS pointer and no zip that unpacks to more than it holds; its pickle
+             asks for nothing but tensors, plain values and argparse.Namespace (of which DINO and iBOT write one)
+    after    the tensors are not larger than the file they came from
+
+The pickle is listed with `pickletools`, which runs nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import pickletools
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from pretrain.errors import DinobenchError
+
+TORCH_MODULES = ("torch", "torch._utils", "torch._tensor", "torch.nn.parameter", "torch.serialization", "torch.storage")
+"""Names of these modules are left to torch, whose unpickler knows which of them are harmless."""
+HARMLESS = (
+    "collections.OrderedDict",
+    "collections.Counter",
+    "argparse.Namespace",
+    "_codecs.encode",
+    "builtins.set",
+    "__builtin__.set",
+)
+"""Not `bytearray`, which torch admits: bytearray(n) in a file of a hundred bytes takes n bytes of memory."""
+MAX_OPCODES = 2_000_000
+"""Pickle instructions; a ViT-g with its optimiser has about 200 000."""
+LEGACY_PICKLES = 5
+"""Before its tensors a file of the time before torch 1.6 holds: magic number, protocol, system, payload, keys."""
+
+
+def check_start(path: Path) -> None:
+    """Refuse what a failed download leaves behind.
+
+    Raises:
+        DinobenchError: a web page or a Git LFS pointer.
+    """
+    with open(path, "rb") as file:
+        start = file.read(256).lstrip()
+    if start.startswith(b"<"):
+        raise DinobenchError(
+            f"{path} is a web page ({path.stat().st_size} bytes, it begins with {_quoted(start)}), expected a torch or "
+            "safetensors file: the link answered with a page; download the file itself, for example with curl -L"
+        )
+    if start.startswith(b"version https://git-lfs"):
+        raise DinobenchError(
+            f"{path} is a Git LFS pointer, expected a torch or safetensors file: run `git lfs pull` beside it"
+        )
+
+
+def check_zip(path: Path) -> None:
+    """Refuse an archive that would unpack to more than the file holds; torch stores its records uncompressed.
+
+    Raises:
+        DinobenchError: compressed or overlapping records.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return  # torch says what is wrong with it
+    declared, size = sum(record.file_size for record in records), path.stat().st_size
+    compressed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+    if compressed or declared > size:
+        raise DinobenchError(
+            f"{path} ({size} bytes) unpacks to {declared} bytes, expected the uncompressed records that torch.save "
+            "writes. It is refused because such a file can fill the memory: if you trust it, unpack it and pack it "
+            "again with `zip -0`"
+        )
+
+
+def check_pickle(path: Path) -> None:
+    """Refuse a pickle that asks for classes or functions beyond tensors and plain values.
+
+    Raises:
+        DinobenchError: names all of them, also when torch would stop at the first.
+    """
+    try:
+        asked = _globals_of(path)
+    except DinobenchError:
+        raise
+    except Exception:  # damaged: torch says what is wrong with it
+        return
+    refused = sorted(name for name in asked if name not in HARMLESS and name.rpartition(".")[0] not in TORCH_MODULES)
+    if refused:
+        raise unpickling_refused(path, refused)
+
+
+def unpickling_refused(path: Path, names: list[str]) -> DinobenchError:
+    """The error for a file that asks for these classes or functions."""
+    return DinobenchError(
+        f"{path} asks to unpickle {', '.join(names)}; expected tensors, plain values and argparse.Namespace only. It "
+        "is refused because unpickling runs code from the file: where it was made, save its state dicts alone in a "
+        "new file (torch.save({'teacher': network.state_dict()}, path)) and give that"
+    )
+
+
+def check_sizes(payload: Any, path: Path) -> None:
+    """Refuse tensors that claim more than the file can hold (a view that repeats one number a trillion times).
+
+    Raises:
+        DinobenchError: names the sizes.
+    """
+    size = path.stat().st_size
+    views = {
+        (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape)): tensor.numel() * tensor.element_size()
+        for tensor in _tensors_in(payload, path)
+    }
+    # Twice: a tensor and a part of it may both be there under names of their own.
+    if sum(views.values()) > 2 * size:
+        raise DinobenchError(
+            f"the tensors in {path} claim {sum(views.values())} bytes, the file has {size}: it is damaged or made to "
+            "fill the memory; take another one"
+        )
+
+
+def _tensors_in(payload: Any, path: Path) -> list[Tensor]:
+    found: list[Tensor] = []
+    seen: set[int] = set()
+    waiting = [payload]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.is_quantized or value.is_meta:
+                raise DinobenchError(f"{path} holds sparse, quantised or empty tensors: save dense ones")
+            found.append(value)
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            waiting.extend(value.values() if isinstance(value, dict) else value)
+    return found
+
+
+def _globals_of(path: Path) -> set[str]:
+    """`module.name` of everything the pickles of a file import."""
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            return _globals_in(file, LEGACY_PICKLES, path)
+    with zipfile.ZipFile(path) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+        return _globals_in(io.BytesIO(archive.read(name)), 1, path)
+
+
+def _globals_in(file: BinaryIO | io.BytesIO, num_pickles: int, path: Path) -> set[str]:
+    asked: set[str] = set()
+    count = 0
+    for _ in range(num_pickles):
+        texts: list[str] = []  # the latest two are module and name where a protocol takes them from its stack
+        memo: dict[int, str | None] = {}
+        top: str | None = None
+        for opcode, argument in _opcodes(file):
+            count += 1
+            if count > MAX_OPCODES:
+                raise DinobenchError(f"{path} has more than {MAX_OPCODES} pickle instructions: no checkpoint has")
+            if opcode.endswith("PUT") or opcode == "MEMOIZE":
+                memo[len(memo) if argument is None else argument] = top
+                continue
+            top = str(argument) if "UNICODE" in opcode else memo.get(argument) if opcode.endswith("GET") else None
+            texts = texts if top is None else [*texts[-1:], top]
+            if opcode in ("GLOBAL", "INST"):
+                asked.add(str(argument).replace(" ", "."))
+            elif opcode == "STACK_GLOBAL":
+                asked.add(".".join(texts))
+    return asked
+
+
+def _opcodes(file: BinaryIO | io.BytesIO) -> Iterator[tuple[str, Any]]:
+    """Instructions of the next pickle in a file; none where there is no further one."""
+    try:
+        for opcode, argument, _ in pickletools.genops(file):
+            yield opcode.name, argument
+    except ValueError:  # damaged, or the tensors of an old file: torch says what is wrong with it
+        return
+
+
+def _quoted(start: bytes) -> str:
+    return repr(start[:20].decode("ascii", "replace"))
