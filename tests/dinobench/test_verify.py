@@ -6,10 +6,13 @@ from typing import Any
 import pytest
 
 from dinobench import verify as module
+from dinobench.evaluate import Evaluation, evaluate
 from dinobench.files import read_json
 from dinobench.verify import Comparison, Options, Verdict, verify
 from pretrain.errors import DinobenchError
+from pretrain.models import checkpoint_file
 from suites.cache import FeatureCache
+from suites.suite import load_suite
 
 
 def check(true_result: Any, **options: Any) -> Verdict:
@@ -158,6 +161,17 @@ def test_a_suite_that_is_not_shipped_is_asked_for(true_result: Any, tmp_path: Pa
     own = tmp_path / "own.yaml"
     own.write_text(definition.read_text().replace("name: digits_knn", "name: my_knn", 1))
     assert check(true_result, suite=str(own), baselines=False).holds
+
+
+def test_a_result_of_a_partial_backbone_is_derived_from_the_same_part(true_result: Any, tmp_path: Path) -> None:
+    payload = checkpoint_file.read(true_result.checkpoint)
+    del payload["teacher"]["backbone.norm.weight"]
+    checkpoint_file.save(true_result.checkpoint, payload)
+    settings = Evaluation(tmp_path / "partial", f"npz:{true_result.images}", "cpu", allow_partial=True)
+    evaluate(true_result.checkpoint, [load_suite("digits_knn")], settings, lambda text: None)
+    (true_result.file,) = settings.output.glob("evals/*/*.json")
+    assert read_json(true_result.file)["provenance"]["missing"] == ["norm.weight"]
+    assert check(true_result, baselines=False).holds
 
 
 @pytest.mark.parametrize(
