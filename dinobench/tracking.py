@@ -134,6 +134,8 @@ class Store:
         self._mlflow, self._entities = mlflow, importlib.import_module("mlflow.entities")
         self._experiments: dict[str, str] = {}
         with self.lock():  # several processes that make one new database at once break it
+            if (file := database_file(uri)) and not file.exists():
+                _make_database(mlflow, file)
             mlflow.set_tracking_uri(uri)
             self._client = mlflow.MlflowClient(tracking_uri=uri)
             self._experiment(PRETRAIN_EXPERIMENT, "Pretraining runs: curves by step; scores in percent at their step.")
@@ -321,6 +323,18 @@ class Store:
         run_id = self._client.create_run(experiment, tags=tags, run_name=name).info.run_id
         self._client.log_batch(run_id, params=[self._entities.Param(key, value) for key, value in params.items()])
         return run_id
+
+
+def _make_database(mlflow: Any, file: Path) -> None:
+    """A database with all its tables, in place at once.
+
+    MLflow makes them in many steps, and one that a kill left half made is refused for ever after.
+    """
+    unfinished = file.with_name(f"{file.name}.new")
+    for part in (unfinished, unfinished.with_name(f"{unfinished.name}-journal")):
+        part.unlink(missing_ok=True)
+    mlflow.MlflowClient(tracking_uri=f"sqlite:///{unfinished.absolute()}").search_experiments(max_results=1)
+    unfinished.replace(file)
 
 
 @contextlib.contextmanager

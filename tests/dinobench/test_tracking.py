@@ -228,3 +228,25 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def test_a_database_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill while MLflow makes its tables must not leave a database that no later run can use."""
+    file = tmp_path / "mlflow.db"
+
+    def killed(path: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tracking.connect(f"sqlite:///{file}")
+    monkeypatch.undo()
+    assert not file.exists()
+
+
+def test_what_a_kill_left_of_an_unfinished_database_is_made_anew(tmp_path: Path) -> None:
+    file, unfinished = tmp_path / "mlflow.db", tmp_path / "mlflow.db.new"
+    unfinished.write_bytes(b"SQLite format 3\0 torn")
+    store = tracking.connect(f"sqlite:///{file}")
+    assert store.find_pretraining("none") is None
+    assert file.exists() and not unfinished.exists()
