@@ -36,6 +36,7 @@ from pretrain.training.teacher import TeacherConfig
 
 PRESETS_FOLDER = Path(__file__).parent.parent / "recipes" / "presets"
 PLUMBING = ("runtime", "tracking", "checkpoint", "evaluation")
+_ONE_ARGUMENT = "model.kwargs."
 
 
 class _Section(BaseModel):
@@ -150,6 +151,7 @@ def resolve(
 ) -> Recipe:
     """The recipe of a method at a preset, with overrides `section.key=value`.
 
+    `model.kwargs.depth=4` changes one argument of the network, `model.kwargs={depth: 4}` all of them.
     `method` is a name, a row of an ablation (`dino_table7/mse`), the path of a method's .py file, or the path of a
     resolved recipe (.yaml), which is taken as it is, without preset.
 
@@ -178,13 +180,21 @@ def resolve(
         for layer in [*layers, {"tracking": {"label": row}}] if row else []:
             _merge(merged, origins, layer, row)
     command: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for text in overrides:
-        _merge(command, {}, _override(text), "")
+        layer = _override(text)
+        if text.startswith(_ONE_ARGUMENT):
+            arguments |= layer["model"]["kwargs"]
+        else:
+            _merge(command, {}, layer, "")
     if data is not None:
         _merge(command, {}, {"data": {"name": data}}, "")
     if seed is not None:
         command["seed"] = seed
     _merge(merged, origins, command, "command line")
+    if arguments:
+        model = merged.setdefault("model", {})
+        model["kwargs"], origins["model.kwargs"] = {**model.get("kwargs", {}), **arguments}, "command line"
     return _validate(merged, origins, source, preset)
 
 
@@ -230,7 +240,7 @@ def _override(text: str) -> dict[str, Any]:
 
 
 def _merge(into: dict, origins: dict[str, str], layer: dict, origin: str, prefix: str = "") -> None:
-    """Merge `layer` into `into` in place. `model.kwargs` is one value: a layer replaces it whole."""
+    """Merge `layer` into `into` in place. `model.kwargs` belongs to the model's name: a layer replaces it whole."""
     for key, value in layer.items():
         dotted = f"{prefix}{key}"
         if isinstance(value, dict) and dotted != "model.kwargs":

@@ -85,3 +85,10 @@ def test_a_recipe_is_frozen():
 
 def test_every_section_field_has_a_default_so_that_a_short_recipe_is_enough():
     assert Recipe.model_validate({"method": {"name": "dino"}}).optim.batch_size == 1024
+
+
+def test_one_argument_of_the_network_leaves_the_others() -> None:
+    one = resolve("dino", preset="digits", overrides=["model.kwargs.depth=2", "model.kwargs.num_heads=4"])
+    assert one.model.kwargs == {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 4}
+    whole = resolve("dino", preset="digits", overrides=["model.kwargs={depth: 2}", "model.kwargs.num_heads=4"])
+    assert whole.model.kwargs == {"depth": 2, "num_heads": 4}
