@@ -15,12 +15,13 @@ Shapes: N train images, M test images, D features, C classes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
+from pretrain.errors import DinobenchError
 from suites.interval import mean_interval
 from suites.neighbours import Backend, Neighbours, find_neighbours
 from suites.protocols.protocol import Context, Outcome, ProtocolParameters, Split, sample_table
@@ -36,38 +37,107 @@ class Parameters(ProtocolParameters):
     headline_k: int = 20
     temperature: float = Field(default=0.07, gt=0)
     weighting: Weighting = "dino"
+    per_class: tuple[int, ...] = ()
+    """Train images per class of the few-shot scores, beside those of all of train."""
+    num_tries: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
     def _check(self) -> Parameters:
         if min(self.k) < 1 or self.headline_k not in self.k:
             raise ValueError(f"k={list(self.k)} must be positive and hold headline_k={self.headline_k}")
+        if min(self.per_class, default=1) < 1 or len(set(self.per_class)) < len(self.per_class):
+            raise ValueError(f"per_class={list(self.per_class)} must be positive numbers, each once")
         return self
+
+    @model_serializer(mode="wrap")
+    def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without few-shot its fields are left out: definitions older than them keep their fingerprints."""
+        values = handler(self)
+        if not self.per_class:
+            del values["per_class"], values["num_tries"]
+        return values
 
 
 def run(train: Split, test: Split, parameters: Parameters, context: Context) -> Outcome:
     """Score test features [M, D] against train features [N, D]."""
-    ranks, predictions = classify(
+    ranks, predictions = _classify(train, test, parameters.k, parameters, context)
+    scores = {}
+    for k in (parameters.headline_k, *parameters.k):
+        suffix = f"_k{k}" if len(scores) >= 2 else ""
+        scores |= {f"{name}{suffix}": value for name, value in _accuracies(ranks[k], k, parameters).items()}
+    scores |= few_shot(train, test, parameters, context)
+    correct = ranks[parameters.headline_k] == 0
+    samples = sample_table(test, predictions[parameters.headline_k], correct)
+    interval = mean_interval(100.0 * correct.numpy(), seed=context.seed)
+    notes = []
+    if parameters.per_class:
+        notes.append(
+            f"few-shot: mean over {parameters.num_tries} draws of {list(parameters.per_class)} train images per class, "
+            "those of the official code where train is in its order"
+        )
+    return Outcome(scores, n=len(correct), interval=interval, samples=samples, notes=notes)
+
+
+def few_shot(train: Split, test: Split, parameters: Parameters, context: Context) -> dict[str, float]:
+    """Mean accuracies in percent over the tries for each n of `per_class` and each k up to n, and their deviation.
+
+    Raises:
+        DinobenchError: a class has fewer than n train images.
+    """
+    scores: dict[str, float] = {}
+    for number in parameters.per_class:
+        _check_classes(train.labels, number, context)
+        ks = sorted({k for k in parameters.k if k < number} | {number})
+        tries: dict[str, list[float]] = {}
+        for seed in range(parameters.num_tries):
+            chosen = draw_per_class(train.labels, number, seed)
+            drawn = Split(train.features[chosen], train.labels[chosen], train.index[chosen])
+            ranks, _ = _classify(drawn, test, ks, parameters, context)
+            for k in ks:
+                for name, value in _accuracies(ranks[k], k, parameters).items():
+                    tries.setdefault(f"{name}_shot{number}_k{k}", []).append(value)
+        for name, values in tries.items():
+            scores[name] = sum(values) / len(values)
+            if len(values) > 1:
+                scores[f"{name}_sd"] = torch.tensor(values, dtype=torch.float64).std().item()
+    return scores
+
+
+def _classify(
+    train: Split, test: Split, k: Sequence[int], parameters: Parameters, context: Context
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    return classify(
         train.features,
         train.labels,
         test.features,
         test.labels,
-        k=parameters.k,
+        k=k,
         num_classes=context.num_classes,
         temperature=parameters.temperature,
         weighting=parameters.weighting,
         backend=context.backend,
         device=context.device,
     )
-    scores = {}
-    for k in (parameters.headline_k, *parameters.k):
-        suffix = f"_k{k}" if len(scores) >= 2 else ""
-        best = min(5, k) if parameters.weighting == "dino" else 5
-        scores[f"top1{suffix}"] = 100 * (ranks[k] == 0).double().mean().item()
-        scores[f"top5{suffix}"] = 100 * (ranks[k] < best).double().mean().item()
-    correct = ranks[parameters.headline_k] == 0
-    samples = sample_table(test, predictions[parameters.headline_k], correct)
-    interval = mean_interval(100.0 * correct.numpy(), seed=context.seed)
-    return Outcome(scores, n=len(correct), interval=interval, samples=samples)
+
+
+def _accuracies(rank: Tensor, k: int, parameters: Parameters) -> dict[str, float]:
+    """Top-1 and top-5 in percent from the ranks [M] of the true classes."""
+    best = min(5, k) if parameters.weighting == "dino" else 5
+    return {
+        "top1": 100 * (rank == 0).double().mean().item(),
+        "top5": 100 * (rank < best).double().mean().item(),
+    }
+
+
+def _check_classes(labels: Tensor, number: int, context: Context) -> None:
+    present, counts = labels.unique(return_counts=True)
+    if counts.min() < number:
+        label = int(present[counts.argmin()])
+        name = context.classes[label] if label < len(context.classes) else str(label)
+        raise DinobenchError(
+            f"{number} train images per class are drawn, but class {name!r} has {int(counts.min())}: use smaller "
+            "numbers in per_class in a copy of the suite definition"
+        )
 
 
 def classify(

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
-from pretrain.errors import UsageError
+from pretrain.errors import DinobenchError, UsageError
 from suites.protocols import knn
 from suites.protocols.protocol import Context, Split
 
@@ -114,6 +115,37 @@ def test_golden_knn_dinov2_few_shot_draws_and_accuracies(dino: Arrays, dinov2: A
             for k in ks:
                 expected = dinov2[f"few.{name}.k{k}.top1_per_try"][number]
                 assert (ranks[k] == 0).double().mean().item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_golden_knn_dinov2_few_shot_scores_of_the_protocol(dino: Arrays, dinov2: Arrays) -> None:
+    train_x, train_y, test_x, test_y = tensors(dino)
+    train, test = Split(train_x, train_y, torch.arange(len(train_y))), Split(test_x, test_y, torch.arange(len(test_y)))
+    per_class = tuple(int(n) for n in dinov2["n_per_class"] if n > 0)
+    tries = int(dinov2["n_tries"])
+    ks = tuple(int(k) for k in dinov2["nb_knn"])
+    parameters = knn.Parameters(
+        k=ks, headline_k=ks[0], temperature=float(dinov2["T"]), weighting="dinov2", per_class=per_class, num_tries=tries
+    )
+    scores = knn.run(train, test, parameters, Context(num_classes=int(dinov2["num_classes"]))).scores
+    checked = 0
+    for key, values in dinov2.items():
+        match = re.fullmatch(r"few\.(\d+)\.k(\d+)\.top1_per_try", key)
+        if match is None:
+            continue
+        name = f"top1_shot{match[1]}_k{match[2]}"
+        assert scores[name] == pytest.approx(100 * values.mean(), abs=1e-4)
+        assert scores[f"{name}_sd"] == pytest.approx(100 * values.std(ddof=1), abs=1e-4)
+        checked += 1
+    assert checked == sum(1 for name in scores if re.fullmatch(r"top1_shot\d+_k\d+", name)) > 0
+
+
+def test_more_images_per_class_than_there_are_is_refused_by_class(make_split: Callable[..., Split]) -> None:
+    train = make_split(30)
+    parameters = knn.Parameters(k=(5,), headline_k=5, per_class=(11,))
+    with pytest.raises(DinobenchError, match=r"11 train images per class are drawn, but class 'a' has 10"):
+        knn.run(train, train, parameters, Context(3, ("a", "b", "c")))
+    with pytest.raises(ValueError, match="each once"):
+        knn.Parameters(per_class=(5, 5))
 
 
 def test_both_weightings_predict_the_same_class(dino: Arrays) -> None:
