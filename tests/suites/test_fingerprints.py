@@ -49,6 +49,9 @@ FINGERPRINTS = {
     "imagenet_representation": (1, "e4aa8702b6c9"),
     "roxford": (1, "20b7e6b24757"),
     "rparis": (1, "0ede6c2590aa"),
+    "tiny_imagenet_fewshot": (1, "02d2f759ff2c"),
+    "tiny_imagenet_knn": (1, "b8315d5b7893"),
+    "tiny_imagenet_logistic": (1, "b781e8259a6d"),
 }
 
 
