@@ -3,7 +3,7 @@
 mlp.*, layers.*                  Linear [BatchNorm] activation ... Linear, counted as in an nn.Sequential
 fc1, bn1, fc2, bn2, fc3          the same in MSN
 last_layer.*, prototypes.*       prototypes: weight_g and weight_v, parametrizations.weight.original0 and 1, weight
-last_layer2.*                    prototypes of the patches (iBOT): not read
+last_layer2.*                    prototypes of the patches (iBOT), see patch_prototypes
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal
 from torch import Tensor
 
 from pretrain.models.heads import HeadConfig
-from pretrain.models.prototypes import PrototypeKind
+from pretrain.models.prototypes import PrototypeKind, Prototypes
 from pretrain.models.timm_names import State
 
 _MSN = {"fc1": 0, "bn1": 1, "fc2": 3, "bn2": 4, "fc3": 6}
@@ -39,6 +39,13 @@ class ForeignPrototypes:
         """K and P."""
         num, dim = self.state["weight_v" if self.kind == "weight_norm" else "weight"].shape
         return num, dim
+
+    def build(self) -> Prototypes:
+        """The prototypes alone, without the MLP before them."""
+        num, dim = self.shape
+        prototypes = Prototypes(dim, num, self.kind)
+        prototypes.load_state_dict(self.state)
+        return prototypes
 
 
 def read_prototypes(state: State, prefix: str, *, cosine: bool = False) -> ForeignPrototypes | None:

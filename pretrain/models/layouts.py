@@ -28,6 +28,7 @@ from pretrain.errors import DinobenchError
 from pretrain.models.checkpoint_file import SAFETENSORS
 from pretrain.models.foreign import Found, below, foreign, tensors
 from pretrain.models.parts import Layout, Network, Payload, Request
+from pretrain.models.patch_prototypes import PatchParts, find_foreign
 from pretrain.models.timm_names import State
 
 if TYPE_CHECKING:
@@ -47,13 +48,26 @@ def _dino(payload: Payload, request: Request) -> Found:
     if "dino_head.mlp.0.weight" in state or any(name.startswith("ibot_head.") for name in state):
         method = "dinov2"
     else:
-        method = "ibot" if "ibot_loss" in payload or "last_layer2.weight_v" in head else "dino"
-    temperature = STUDENT_TEMPERATURE
+        method = "ibot" if "ibot_loss" in payload or _first_prefix(head, ("last_layer2.",)) else "dino"
+    temperature = of_patches = STUDENT_TEMPERATURE
     if request.network == "teacher":
         temperature = _teacher_temperature(arguments, payload.get("epoch"))
-    notes = ("the prototypes of the patches (last_layer2) are not read",) if "last_layer2.weight_v" in head else ()
+        of_patches = _teacher_temperature(arguments, payload.get("epoch"), patch=True)
+    patch, patch_state = _patch_head(state, head, method, of_patches)
     facts = {"epoch": _number(payload.get("epoch")), "seed": _number(arguments.get("seed"))}
-    return Found(backbone, request.network, method, head=head, temperature=temperature, facts=facts, notes=notes)
+    return Found(
+        backbone, request.network, method, head=head, temperature=temperature, patch=patch, patch_state=patch_state,
+        facts=facts,
+    )  # fmt: skip
+
+
+def _patch_head(state: State, head: State, method: str, temperature: float | None) -> tuple[PatchParts | None, State]:
+    """The head of the patch tokens in DINO's family; iBOT and DINOv2 share that of the image unless they name it."""
+    if separate := below(state, "ibot_head."):
+        return find_foreign(separate, head, "last_layer.", temperature)
+    if _first_prefix(head, ("last_layer2.",)):
+        return find_foreign(head, head, "last_layer2.", temperature)
+    return (PatchParts("shared", temperature) if head and method != "dino" else None), {}
 
 
 def _msn(payload: Payload, request: Request) -> Found:
@@ -177,15 +191,20 @@ def _arguments(payload: Payload) -> dict[str, Any]:
     return dict(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {}
 
 
-def _teacher_temperature(arguments: Mapping[str, Any], epoch: Any) -> float | None:
-    """tau_t of the last epoch before the file was written, which holds the number of the next one (DINOLoss)."""
-    final, start = arguments.get("teacher_temp"), arguments.get("warmup_teacher_temp")
+def _teacher_temperature(arguments: Mapping[str, Any], epoch: Any, *, patch: bool = False) -> float | None:
+    """tau_t of the last epoch before the file was written, which holds the number of the next one (DINOLoss, iBOTLoss).
+
+    That of the patches starts to rise when masking does.
+    """
+    name = "patch_temp" if patch else "temp"
+    final, start = arguments.get(f"teacher_{name}"), arguments.get(f"warmup_teacher_{name}")
     if not isinstance(final, (int, float)):
         return None
     warmup, last = _number(arguments.get("warmup_teacher_temp_epochs")) or 0, (_number(epoch) or 0) - 1
-    if not isinstance(start, (int, float)) or last < 0 or last >= warmup:
+    if not isinstance(start, (int, float)) or last < 0:
         return float(final)
-    return float(start + (final - start) * last / max(warmup - 1, 1))
+    risen = max(last - (_number(arguments.get("pred_start_epoch")) or 0 if patch else 0), 0)
+    return float(final if risen >= warmup else start + (final - start) * risen / max(warmup - 1, 1))
 
 
 def _number(value: Any) -> Any:
