@@ -59,9 +59,13 @@ def led(device: str = "auto") -> Iterator[bool]:
     """True on the rank that runs the program, at once; False on the others, when it has ended.
 
     Args:
-        device: as in `pretrain.training.runtime`; with several GPUs each rank takes its own.
+        device: as in `pretrain.training.runtime`; with several GPUs each rank takes its own. Looked at only when
+            there are ranks.
     """
     global _team
+    if not (dist.is_torchelastic_launched() or dist.is_initialized()):
+        yield True
+        return
     runtime = Runtime.start(RuntimeConfig(device=device))
     if runtime.world_size == 1:
         yield True

@@ -205,6 +205,7 @@ def test_network_without_tokens_is_passed_once(
     found = [extract(model, make_images(6), TRANSFORM, feature, cache=cache).cls for feature in features]
     assert counted.number == 6
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    extract(model, make_images(6, seed=1), TRANSFORM, beside=["cls+avg", COMMON], cache=cache)  # told when asked for
     with pytest.raises(UsageError, match="last 2 blocks need a ViT, found ResNet"):
         extract(model, make_images(6), TRANSFORM, LastBlocks(last=2), cache=cache)
 
