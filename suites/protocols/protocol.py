@@ -54,8 +54,9 @@ class Split:
         return len(self.features)
 
     def take(self, rows: Tensor | slice, device: str | torch.device = "cpu") -> Tensor:
-        """The features of these rows [n, D], float32, on the device."""
-        return self.features[rows].to(device).float()
+        """The features of these rows [n, D] on the device, in float32 where they are kept in float16."""
+        x = self.features[rows].to(device)
+        return x.float() if x.dtype == torch.float16 else x
 
 
 @dataclass(frozen=True)
