@@ -9,6 +9,7 @@ from __future__ import annotations
 from suites.suite import load_suite, suite_names
 
 FINGERPRINTS = {
+    "cifar10_alignment": (1, "388a8f4c4a3b"),
     "cifar10_clusters": (1, "fd5e972c3c8a"),
     "cifar10_fewshot": (1, "130fec3ff722"),
     "cifar10_finetune": (1, "6ea1329959a3"),
@@ -23,6 +24,7 @@ FINGERPRINTS = {
     "copydays": (1, "a6c62de3a599"),
     "davis2016": (1, "0d230a4399a9"),
     "davis2017": (1, "0e3e68373d94"),
+    "digits_alignment": (1, "ff3da4e16c77"),
     "digits_clusters": (1, "2f5c94c12743"),
     "digits_fewshot": (1, "840eb816d5a9"),
     "digits_finetune": (1, "71df0f0a8e85"),
@@ -43,6 +45,7 @@ FINGERPRINTS = {
     "fashion_mnist_logistic": (1, "e9f5f16af20e"),
     "fashion_mnist_prototypes": (1, "212982226515"),
     "fashion_mnist_representation": (1, "72a51c522b3e"),
+    "imagenet_alignment": (1, "b206c0f205c7"),
     "imagenet_cached_linear": (1, "bb9471345242"),
     "imagenet_fewshot": (1, "cb070f9fe012"),
     "imagenet_finetune": (1, "ad8a8aab78cf"),
