@@ -59,16 +59,17 @@ class TorchvisionSet:
     @property
     def needs(self) -> str:
         """What to put where."""
-        return f"{', '.join(self._parts)} in DINOBENCH_DATA ({self.source})"
+        return f"{', '.join(self.parts)} in DINOBENCH_DATA ({self.source})"
 
     @property
-    def _parts(self) -> tuple[str, ...]:
+    def parts(self) -> tuple[str, ...]:
+        """What must be there, below the data root."""
         parts = (self.images, *self.files)
         return tuple(part for part in parts if not any(other.startswith(f"{part}/") for other in parts))
 
     def missing(self, root: Path) -> list[str]:
         """What is not there."""
-        return [part for part in self._parts if not (root / part).exists()]
+        return [part for part in self.parts if not (root / part).exists()]
 
 
 def find(name: str, root: Path | None) -> Path | None:
@@ -88,9 +89,8 @@ def open_set(name: str, split: str, root: Path | None) -> ImageSet:
         raise DinobenchError(f"{name}: no data root: set DINOBENCH_DATA to a folder. It needs {entry.needs}.")
     missing = entry.missing(root)
     if missing:
-        raise DinobenchError(
-            f"{name}: not found under DINOBENCH_DATA={root}: no {', '.join(missing)}. It needs {entry.needs}."
-        )
+        some = f": no {', '.join(missing)}" if any((root / part).exists() for part in entry.parts) else ""
+        raise DinobenchError(f"{name}: not found under DINOBENCH_DATA={root}{some}. It needs {entry.needs}.")
     try:
         found = entry.read(str(root), split)
     # Damaged lists make torchvision and the readers of .mat, .xml and .json raise errors of every kind.
