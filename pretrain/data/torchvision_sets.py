@@ -213,8 +213,9 @@ def _voc2007(root: str, split: str) -> Listing:
 
 
 _SUN397_LISTS = {"train": "Training_01.txt", "test": "Testing_01.txt"}
-_VOC = "VOCdevkit/VOC2007"
-_CARS = "stanford_cars"
+_VOC, _VOC_SPLITS = "VOCdevkit/VOC2007", ("train", "val", "trainval", "test")
+_CARS = ("cars_train", "cars_test", "cars_test_annos_withlabels.mat")
+_CARS_DEVKIT = ("devkit/cars_meta.mat", "devkit/cars_train_annos.mat")
 SETS = {
     "cifar100": TorchvisionSet(
         "60,000 photographs, 32 x 32 colour, 100 classes",
@@ -260,11 +261,8 @@ SETS = {
         "Stanford Cars: 16,185 photographs, 196 models",
         ("train", "test"),
         _stanford_cars,
-        _CARS,
-        (
-            *(f"{_CARS}/{part}" for part in ("cars_train", "cars_test", "cars_test_annos_withlabels.mat")),
-            *(f"{_CARS}/devkit/{part}" for part in ("cars_meta.mat", "cars_train_annos.mat")),
-        ),
+        "stanford_cars",
+        tuple(f"stanford_cars/{part}" for part in (*_CARS, *_CARS_DEVKIT)),
         "cars_train.tgz, cars_test.tgz and car_devkit.tgz, unpacked, and the labels of test",
     ),
     "food101": TorchvisionSet(
@@ -293,13 +291,10 @@ SETS = {
     ),
     "voc2007": TorchvisionSet(
         "Pascal VOC 2007: 9,963 photographs, 20 classes, several per image",
-        ("train", "val", "trainval", "test"),
+        _VOC_SPLITS,
         _voc2007,
         f"{_VOC}/JPEGImages",
-        (
-            f"{_VOC}/Annotations",
-            *(f"{_VOC}/ImageSets/Main/{part}.txt" for part in ("train", "val", "trainval", "test")),
-        ),
+        tuple(f"{_VOC}/{part}" for part in ("Annotations", *(f"ImageSets/Main/{part}.txt" for part in _VOC_SPLITS))),
         "VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar, unpacked",
     ),
 }
