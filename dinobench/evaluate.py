@@ -199,7 +199,7 @@ class _Work:
     def _measured(self, suite: Suite, model: LoadedModel) -> Result | None:
         self._say(f"{suite.id} on {self.checkpoint.name}: measuring")
         try:
-            return _measure(self.checkpoint, suite, model, self.settings, self._store, self._say)
+            return _measure(self.checkpoint, suite, model, self.settings, self._store, self._say, self._left)
         except DinobenchError as error:
             self.failures.append(Failure(suite.id, self.checkpoint, str(error)))
             return None
@@ -212,8 +212,15 @@ def missing(checkpoints: Sequence[Path], suites: Sequence[Suite], settings: Eval
 
 
 def _measure(
-    checkpoint: Path, suite: Suite, model: LoadedModel, settings: Evaluation, store: ResultStore, say: Say
+    checkpoint: Path,
+    suite: Suite,
+    model: LoadedModel,
+    settings: Evaluation,
+    store: ResultStore,
+    say: Say,
+    left: Sequence[Suite],
 ) -> Result:
+    """Measure and store; one pass over the images serves the suites that are left too."""
     from pretrain.models.pixels import is_pixels
     from pretrain.training.runtime import Runtime, RuntimeConfig
     from suites.features import FeatureCache
@@ -223,6 +230,7 @@ def _measure(
         suite,
         model,
         data=settings.data,
+        beside=[other for other in left if other is not suite],
         cache=FeatureCache(),
         device=str(Runtime.start(RuntimeConfig(device=settings.device)).device),
         seed=settings.seed,

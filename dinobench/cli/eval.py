@@ -51,14 +51,15 @@ def run_evaluation(
 
     Several of these commands may work on one run: they divide it. With --watch the exit code is 0 when the run
     finished, and 3 when it ended otherwise. --json prints the result, or a list of results when several suites or
-    checkpoints are given.
+    checkpoints are given. Under torchrun the ranks divide the images of each feature pass.
     """
-    from dinobench.evaluate import Evaluation, evaluate
+    from dinobench.evaluate import Evaluation
     from dinobench.loading import Loading
     from dinobench.reporter import Reporter
     from dinobench.runs import RunFolder
     from pretrain.errors import UsageError
     from pretrain.models.pixels import is_pixels
+    from suites.ranks import led
     from suites.suite import load_suite
 
     reporter = Reporter()
@@ -68,6 +69,30 @@ def run_evaluation(
     runs = [path for path in checkpoints if RunFolder(path).exists and not is_pixels(path)]
     if watch and (len(checkpoints) != 1 or not runs):
         raise UsageError("--watch follows one run folder (it has a run.json): give that alone, one command per run")
+    with led(device) as leads:
+        if leads:
+            _evaluate(checkpoints, runs, suites, settings, reporter, watch=watch, track=track, as_json=as_json)
+
+
+def _evaluate(
+    checkpoints: list[Path],
+    runs: list[Path],
+    suites: list[Suite],
+    settings: Evaluation,
+    reporter: Reporter,
+    *,
+    watch: bool,
+    track: bool,
+    as_json: bool,
+) -> None:
+    """Measure and print.
+
+    Raises:
+        typer.Exit: with 3, something was not measured or a watched run did not finish.
+    """
+    from dinobench.evaluate import evaluate
+    from dinobench.runs import RunFolder
+
     results, shown, failures, advice = [], [], [], ""
     for path in checkpoints:
         if path in runs:
@@ -76,7 +101,7 @@ def run_evaluation(
         else:
             done, failed = evaluate(path, suites, settings, reporter.say)
             if track:
-                _track(path, done, output, reporter)
+                _track(path, done, settings.output, reporter)
             shown += done
         results += done
         failures += failed
