@@ -9,6 +9,8 @@ from __future__ import annotations
 from suites.suite import load_suite, suite_names
 
 FINGERPRINTS = {
+    "ade20k_segmentation": (1, "474c2eaca13a"),
+    "camvid_segmentation": (1, "a6f5e635711d"),
     "cifar10_alignment": (1, "388a8f4c4a3b"),
     "cifar10_clusters": (1, "fd5e972c3c8a"),
     "cifar10_fewshot": (1, "130fec3ff722"),
@@ -71,6 +73,7 @@ FINGERPRINTS = {
     "transfer_pets": (1, "d0ea5b62f0d3"),
     "transfer_sun397": (1, "3831a132cd4e"),
     "transfer_voc2007": (1, "aea6c0257af5"),
+    "voc2012_segmentation": (1, "63a60d7d8eb2"),
 }
 
 
