@@ -20,7 +20,7 @@ from torch import nn
 
 from pretrain.errors import DinobenchError, UsageError, unknown_name
 from pretrain.models.backbones import ModelConfig, create_backbone, feature_dim
-from pretrain.models.checkpoint_file import FORMAT, SAFETENSORS, read, save, save_safetensors
+from pretrain.models.checkpoint_file import FORMAT, SAFETENSORS, file_sha256, read, save, save_safetensors
 from pretrain.models.filling import Match, fill, listed
 from pretrain.models.heads import HeadConfig, ProjectionHead
 from pretrain.models.layouts import FOREIGN
@@ -112,6 +112,8 @@ def load(
     """
     if network not in ("teacher", "student"):
         raise unknown_name("network", network, ("teacher", "student"))
+    if num_heads is not None and num_heads < 1:
+        raise UsageError(f"a ViT has at least one attention head, found num_heads={num_heads}: give its number")
     request = Request(Path(path), network, num_heads, model)
     payload = read(request.path, mmap=True)
     layout = next((layout for layout in LAYOUTS if layout.recognises(payload)), None)
@@ -121,7 +123,16 @@ def load(
             f"{path} has a layout that is not known here (keys: {keys}): expected one of "
             f"{', '.join(layout.name for layout in LAYOUTS)}; save the backbone's state dict alone in a new file"
         )
-    return _assemble(layout.take_apart(payload, request), request, layout.name, allow_partial)
+    try:
+        return _assemble(layout.take_apart(payload, request), request, layout.name, allow_partial)
+    except (DinobenchError, MemoryError):
+        raise
+    except Exception as error:  # shapes, types and entries that no such file has
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        raise DinobenchError(
+            f"{path} looks like {layout.name}, but an entry in it is not what such a file holds ({reason}): give the "
+            "file as its project wrote it"
+        ) from error
 
 
 def export(model: LoadedModel, path: str | Path) -> None:
@@ -214,11 +225,9 @@ def _assemble(parts: Parts, request: Request, layout: str, allow_partial: bool) 
     own = (patch.head, patch.prototypes) if patch is not None else ()
     for module in filter(None, (backbone, head, prototypes, *own)):
         module.eval().requires_grad_(False)
-    with open(path, "rb") as file:
-        file_hash = hashlib.file_digest(file, "sha256").hexdigest()
     provenance = {
         "path": str(path),
-        "sha256": file_hash,
+        "sha256": file_sha256(path),
         "format": layout,
         **parts.facts,
         "model": parts.model.model_dump(mode="json"),

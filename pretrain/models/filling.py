@@ -110,4 +110,7 @@ def fill(
 
 def listed(names: list[str]) -> str:
     """The first names and how many more."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "none"
+    if not names:
+        return "none"
+    shown = ", ".join(name if len(name) <= 100 else f"{name[:100]}..." for name in names[:4])
+    return shown + (f" and {len(names) - 4} more" if len(names) > 4 else "")

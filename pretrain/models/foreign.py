@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from pretrain.errors import DinobenchError
-from pretrain.models.architectures import infer_model
+from pretrain.models.architectures import infer_model, unusual_depth
 from pretrain.models.foreign_heads import read_mlp, read_prototypes
 from pretrain.models.parts import Parts, Payload, Request
 from pretrain.models.patch_prototypes import PatchParts
@@ -72,7 +72,7 @@ def _parts(found: Found, request: Request) -> Parts:
     model = request.model or infer_model(
         converted.kind, converted.state, rule=found.rule, num_heads=request.num_heads, heads=found.heads
     )
-    notes = [*found.notes, *converted.notes]
+    notes = [*found.notes, *converted.notes, *unusual_depth(model)]
     if prefix:
         notes.append(f"the backbone lies below {prefix} and nothing else is read")
     prototypes = read_prototypes(found.head, found.prototypes, cosine=found.cosine)

@@ -58,7 +58,9 @@ def read_prototypes(state: State, prefix: str, *, cosine: bool = False) -> Forei
     """
     for names in _LAYOUTS:
         values = [state.get(prefix + name) for name in names]
-        if any(value is None or value.ndim != 2 for value in values):
+        if any(value is None or value.ndim != 2 or not value.shape[1] for value in values):
+            continue
+        if len({len(value) for value in values if value is not None}) > 1:
             continue
         if len(values) == 2:
             return ForeignPrototypes("weight_norm", dict(zip(_LAYOUTS[0], values, strict=True)))  # type: ignore[arg-type]
@@ -85,7 +87,9 @@ def read_mlp(
         linear = {int(number): mlp[f"mlp.{number}.weight"] for number in _numbers(mlp, 2)}
     num, bottleneck = prototypes.shape
     order = sorted(linear)
-    if not order or linear[order[-1]].shape[0] != bottleneck:
+    if not order or num < 2 or any(not all(weight.shape) for weight in linear.values()):
+        return None
+    if linear[order[-1]].shape[0] != bottleneck:
         return None
     statistics = sorted(int(name.split(".")[1]) for name in mlp if name.endswith("running_mean"))
     config = HeadConfig(
