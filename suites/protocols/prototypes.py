@@ -48,6 +48,7 @@ from suites.prototype_statistics import assign, precision, unique_directions, ut
 
 NEEDS_LABELS = False
 NEEDS_HEAD = True
+STREAMS = True
 EQUAL_NORMS = 1e-4
 """Relative spread of the norms below which the prototypes count as normalised."""
 
