@@ -212,7 +212,7 @@ class _Decoded(Dataset[tuple[int, "Tensor | str"]]):
     def __getitem__(self, number: int) -> tuple[int, Tensor | str]:
         # Not images.image, which puts another image in the place of one that cannot be read.
         try:
-            return number, self.transform(self.images.source.read(self.images._row(number)))
+            return number, self.transform(self.images.read(number))
         except UnreadableImage as error:
             return number, str(error)[:_REASON]
 

@@ -169,11 +169,11 @@ class Trainer:
             self._in_fit[fit] = True
 
     @staticmethod
-    def _heads(width: int, parameters: Parameters, context: Context) -> linear_sweep._Group:
+    def _heads(width: int, parameters: Parameters, context: Context) -> linear_sweep.HeadGroup:
         initial = 0.01 * torch.randn(context.num_classes, width, generator=torch.Generator().manual_seed(context.seed))
         sgd = linear_sweep.Parameters(batch_size=parameters.batch_size, momentum=parameters.momentum)
         columns, rates = Input(1, False, 0, width), parameters.learning_rates
-        return linear_sweep._Group(columns, rates, initial, torch.float32, sgd, context)
+        return linear_sweep.HeadGroup(columns, rates, initial, torch.float32, sgd, context)
 
     def step(self, batch: FeatureBatch) -> None:
         """One step of SGD of all classifiers, at the rates of the batch's epoch."""
