@@ -76,7 +76,7 @@ REFUSED: dict[str, tuple[Callable[[Path, State], None], list[str], list[str]]] =
         ["--arch", "vit_small_patch16_224"],
         [
             "does not fit vit_small_patch16_224",
-            "expected (384, 3, 16, 16)",
+            "expected (1, 197, 384)",
             "give the architecture it was trained with",
         ],
     ),
