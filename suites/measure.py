@@ -156,6 +156,7 @@ def _on_splits(suite: Suite, data: str | None, context: Context, baselines: bool
     largest = max(_largest(images.labels) for images in (train_images, test_images))
     num_classes = max(len(train_images.classes), largest + 1)
     context = replace(context, num_classes=num_classes, classes=tuple(train_images.classes))
+    context = replace(context, train_images=_readable(train_images, train), transform=suite.transform)
     module = protocol_module(suite.protocol)
     splits = (part.split(stored=getattr(module, "STREAMS", False)) for part in (train, test))
     outcome: Outcome = module.run(*splits, suite.resolved_parameters(), context)

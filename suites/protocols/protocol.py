@@ -28,6 +28,8 @@ from torch import Tensor
 from suites.neighbours import Backend
 
 if TYPE_CHECKING:
+    from pretrain.data.images import ImageSet
+    from pretrain.data.transforms import EvalTransform
     from pretrain.models.checkpoint import LoadedModel
 
 
@@ -70,6 +72,10 @@ class Context:
     backend: Backend = "auto"
     model: LoadedModel | None = None
     """The network that made the features; None for a baseline without one (raw pixels, PCA)."""
+    train_images: ImageSet | None = None
+    """The images of train, for a protocol that needs other features of a few of them (patch tokens)."""
+    transform: EvalTransform | None = None
+    """What was done to them."""
 
 
 @dataclass

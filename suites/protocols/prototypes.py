@@ -174,7 +174,7 @@ def _patch_tokens(
 ) -> Tensor | str:
     """Patch tokens [M, D] of train, or why none are assigned."""
     assert context.model is not None
-    images, transform = getattr(context, "train_images", None), getattr(context, "transform", None)
+    images, transform = context.train_images, context.transform
     if patch.head is None:
         return "utilisation not applicable, the MLP that leads to its prototypes is not in the checkpoint"
     if temperature is None:
