@@ -67,8 +67,10 @@ def score_table(results: Sequence[Result]) -> str:
 
 
 def number(value: float | None) -> str:
-    """A score with one decimal, a dash where there is none."""
-    return "-" if value is None or math.isnan(value) else f"{value:.1f}"
+    """A score with one decimal, or three where one would show next to nothing of it; a dash where there is none."""
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{value:.3f}" if 0 < abs(value) < 1 else f"{value:.1f}"
 
 
 def result_entry(result: Result, siblings: Sequence[Result], recipe: dict[str, Any] | None) -> Entry:

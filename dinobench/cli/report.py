@@ -55,7 +55,7 @@ def _rows(result: Result) -> list[list[str]]:
     rows = []
     for name in names:
         headline = name == result.headline
-        interval = f"{result.interval[0]:.1f}-{result.interval[1]:.1f}" if result.interval and headline else ""
+        interval = "-".join(map(number, result.interval)) if result.interval and headline else ""
         baselines = [number(result.baselines.get(key, {}).get(name)) for key in BASELINES]
         first = result.suite if headline else ""
         rows.append([first, name, number(result.scores.get(name)), interval, *baselines, str(result.n)])

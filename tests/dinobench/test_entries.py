@@ -40,6 +40,8 @@ def test_a_description_begins_with_the_table_of_the_last_step(make_result: Calla
     assert "50.0" not in text
 
 
-@pytest.mark.parametrize(("value", "text"), [(97.84, "97.8"), (None, "-"), (float("nan"), "-")])
-def test_scores_are_shown_with_one_decimal(value: float | None, text: str) -> None:
+@pytest.mark.parametrize(
+    ("value", "text"), [(97.84, "97.8"), (0.0, "0.0"), (-0.0371, "-0.037"), (None, "-"), (float("nan"), "-")]
+)
+def test_scores_are_shown_with_a_decimal_or_three(value: float | None, text: str) -> None:
     assert entries.number(value) == text

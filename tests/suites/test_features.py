@@ -4,14 +4,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from pretrain.data.datasets import open_dataset
-from pretrain.data.images import ArraySource, ImageSet
+from pretrain.data.images import ImageSet
 from pretrain.data.transforms import EvalTransform
 from pretrain.errors import DinobenchError, UsageError
 from pretrain.models.backbones import last_tokens
@@ -265,38 +264,3 @@ def test_features_too_large_for_half_precision_are_kept_in_float32(
     assert alone.metadata["stored"] == kept.metadata["stored"] == "float32"
     assert torch.equal(alone.cls, kept.cls)
     assert kept.cls.abs().max() > 65504
-
-
-class Projection(nn.Module):
-    """Pixels [B, 3, 8, 8] -> [B, 64]."""
-
-    num_features = 64
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[:, 0].flatten(1)
-
-
-def own_bytes() -> int:
-    """Memory of this process that is its own: not that of files mapped into it."""
-    memory = psutil.Process().memory_info()
-    return memory.rss - memory.shared
-
-
-@pytest.mark.skipif(not psutil.LINUX, reason="the memory of mapped files is told apart on Linux only")
-def test_features_of_a_large_set_are_streamed(model: LoadedModel, cache: FeatureCache) -> None:
-    pixels = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8).expand(200_000, -1, -1, -1)  # no memory of their own
-    images = ImageSet("many", "train", "0" * 64, ArraySource(pixels))
-    large = replace(model, backbone=Projection())
-    transform = EvalTransform(resize=None, crop=None)
-    before, most = own_bytes(), 0
-
-    def watch(what: str, done: int, total: int) -> None:
-        nonlocal most
-        most = max(most, own_bytes() - before)
-
-    streamed = extract(large, images, transform, cache=cache, progress=watch)
-    assert (most, own_bytes() - before) < (12 * 2**20, 12 * 2**20)
-    assert cache.size() > 200_000 * 64 * 4
-    alone = extract(large, images, transform, progress=watch)
-    assert most > 40 * 2**20  # what the features take in memory, so that the bound above says something
-    assert torch.equal(streamed.cls, alone.cls)
