@@ -74,16 +74,36 @@ def check_labelled(data: LabelledData) -> None:
                 f"this suite expects one label per image, but those of {images.name} {images.split} may have several: "
                 "use a suite made for this data set"
             )
-    if tuple(data.train.classes) != tuple(data.test.classes):
-        odd = sorted(set(data.train.classes) ^ set(data.test.classes))[:5]
+    check_same_classes(data.train, data.test)
+    check_two_classes(data.train)
+
+
+def check_same_classes(train: ImageSet, test: ImageSet) -> None:
+    """Refuse splits in which a label does not mean the same.
+
+    Raises:
+        DinobenchError: some classes are in one of them only.
+    """
+    if tuple(train.classes) == tuple(test.classes):
+        return
+    ours, theirs = set(train.classes), set(test.classes)
+    raise DinobenchError(
+        f"{train.name}: the classes of {train.split} ({len(ours)}) and {test.split} ({len(theirs)}) differ, "
+        f"for example {', '.join(map(repr, sorted(ours ^ theirs)[:5]))}, so labels do not mean the same: give both "
+        "the same folders"
+    )
+
+
+def check_two_classes(train: ImageSet) -> None:
+    """Refuse labels that are all the same.
+
+    Raises:
+        DinobenchError: there are fewer than two classes.
+    """
+    assert train.labels is not None
+    num_classes = len(train.labels.unique())
+    if num_classes < 2:
         raise DinobenchError(
-            f"{data.name}: the classes of {data.train.split} ({len(data.train.classes)}) and {data.test.split} "
-            f"({len(data.test.classes)}) differ, for example {', '.join(map(repr, odd))}, so labels do not mean the "
-            "same: give both the same folders"
-        )
-    assert data.train.labels is not None
-    if len(data.train.labels.unique()) < 2:
-        raise DinobenchError(
-            f"this suite needs at least two classes, but {data.name} {data.train.split} has one: every classifier "
-            "would be right"
+            f"this suite needs at least two classes, but {train.name} {train.split} has {num_classes}: every "
+            "classifier would be right"
         )

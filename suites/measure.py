@@ -23,6 +23,7 @@ from suites.baselines import BenchmarkSetting, Setting, measure_baselines, measu
 from suites.cache import FeatureCache
 from suites.extractor import Extractor
 from suites.features import LISTED, Features, describe_feature, extract, resolve_feature
+from suites.labelled import check_same_classes, check_two_classes
 from suites.neighbours import Backend
 from suites.passes import Precision, Progress
 from suites.protocols.protocol import Context, Outcome
@@ -207,13 +208,7 @@ def open_splits(suite: Suite, data: str | None = None) -> tuple[ImageSet, ImageS
 
 def check_labels(suite: Suite, train: ImageSet, test: ImageSet) -> None:
     """Refuse label sets on which the suite would give a wrong or empty number."""
-    if tuple(train.classes) != tuple(test.classes):
-        ours, theirs = set(train.classes), set(test.classes)
-        odd = sorted(ours ^ theirs)[:5]
-        raise DinobenchError(
-            f"{train.name}: the classes of {train.split} ({len(ours)}) and {test.split} ({len(theirs)}) differ, "
-            f"for example {', '.join(map(repr, odd))}, so labels do not mean the same: give both the same folders"
-        )
+    check_same_classes(train, test)
     if not protocol_module(suite.protocol).NEEDS_LABELS:
         return
     for images in (train, test):
@@ -222,13 +217,7 @@ def check_labels(suite: Suite, train: ImageSet, test: ImageSet) -> None:
                 f"suite {suite.id} needs labels, but {images.name} {images.split} has none: sort the images into one "
                 "folder per class, or use a suite of protocol 'prototypes' or 'representation'"
             )
-    assert train.labels is not None
-    classes = train.labels.unique()
-    if len(classes) < 2:
-        raise DinobenchError(
-            f"suite {suite.id} needs at least two classes, but {train.name} {train.split} has {len(classes)}: "
-            "every classifier would be right"
-        )
+    check_two_classes(train)
 
 
 def make_receipt(

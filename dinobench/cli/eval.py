@@ -90,7 +90,7 @@ def _evaluate(
     Raises:
         typer.Exit: with 3, something was not measured or a watched run did not finish.
     """
-    from dinobench.evaluate import evaluate
+    from dinobench.evaluate import evaluate, evaluate_all
     from dinobench.runs import RunFolder
 
     results, shown, failures, advice = [], [], [], ""
@@ -99,19 +99,30 @@ def _evaluate(
             done, failed, advice = _evaluate_run(RunFolder(path), suites, settings, reporter, watch=watch, track=track)
             shown += _print_curve(path.absolute().name, done, as_json)
         else:
-            done, failed = evaluate(path, suites, settings, reporter.say)
+            if len(checkpoints) == 1:
+                done, failed = evaluate(path, suites, settings, reporter.say)
+            else:  # the others go on where one cannot be read
+                done, failed = evaluate_all([path], suites, settings, reporter.say)
             if track:
                 _track(path, done, settings.output, reporter)
             shown += done
         results += done
         failures += failed
     _print(results if as_json else shown, as_json, single=len(checkpoints) * len(suites) == 1 and not runs)
-    for failure in failures:
-        reporter.warn(f"not measured: {failure.suite} on {failure.checkpoint}: {failure.reason}")
+    for (checkpoint, reason), names in _by_reason(failures).items():
+        reporter.warn(f"not measured: {', '.join(names)} on {checkpoint}: {reason}")
     if advice:
         reporter.warn(advice)
     if failures or advice:
         raise typer.Exit(3)
+
+
+def _by_reason(failures: list[Failure]) -> dict[tuple[Path, str], list[str]]:
+    """Suites by what they have in common: a checkpoint that cannot be read fails all of them."""
+    found: dict[tuple[Path, str], list[str]] = {}
+    for failure in failures:
+        found.setdefault((failure.checkpoint, failure.reason), []).append(failure.suite)
+    return found
 
 
 def _evaluate_run(

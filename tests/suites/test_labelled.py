@@ -41,7 +41,7 @@ def test_labels_that_teach_nothing_are_refused(make_images: MakeImages) -> None:
         (good, none, "patterns test has no labels"),
         (good, several, "one label per image, but those of patterns test may have several"),
         (good, fewer, r"classes of train \(3\) and test \(2\) differ, for example 'class2'"),
-        (one, one, "at least two classes, but patterns train has one"),
+        (one, one, "at least two classes, but patterns train has 1"),
     ):
         with pytest.raises(DinobenchError, match=message):
             check_labelled(LabelledData(train, test))

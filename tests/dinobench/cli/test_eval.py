@@ -134,3 +134,17 @@ def test_watch_takes_one_run_folder(paths: list[str], trained: RunFolder, capsys
 def test_a_folder_that_is_no_run_is_told_from_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert app.run(["eval", "--suite", "digits_knn", str(tmp_path)]) == 3
     assert "is a folder, a checkpoint file was expected" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_read_does_not_keep_the_others_from_being_measured(
+    measured: Any, store: FakeStore, trained: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suites, absent = ["eval", "--suite", "digits_knn,digits_linear", "--json"], str(tmp_path / "absent.pt")
+    files = [str(path) for path in trained.kept_checkpoints()]
+    assert app.run([*suites, files[0], absent, files[1]]) == 3
+    captured = capsys.readouterr()
+    assert [each["provenance"]["step"] for each in json.loads(captured.out)] == [20, 20, 40, 40]
+    (told,) = [line for line in captured.err.splitlines() if "not measured" in line]
+    assert "digits_knn@1, digits_linear@1" in told
+    assert "absent.pt" in captured.err
+    assert app.run([*suites, absent]) == 3
