@@ -4,7 +4,7 @@ Checkpoint against checkpoint: these two networks, on images like the test image
 images; the networks are fixed. Interval: bootstrap over images. Test: McNemar (1947) on the images that one of them
 gets right and the other does not, as mid-p (Fagerland, Lydersen, Laake, BMC Med. Res. Methodol. 13:91, 2013): exact
 binomial, half the probability of the observed table itself. Nothing of it carries over to the methods: trained with
-another seed, the same method gives another network.
+another seed, the same method gives another network. Few-shot scores are of the draws of labelled images that were made.
 
 Method against method: the expected score over seeds, on these test images. What varies is the seed; the images are
 fixed. Interval: Student's t over the seeds. Test: t on the differences of runs of equal seed, df = seeds - 1. Seeds
