@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from filelock import Timeout
 
 from dinobench.environment import code_commit
-from dinobench.files import not_writable, sha256
+from dinobench.files import not_writable
+from dinobench.loading import Loading, checkpoint_digest, is_partial, load_report
 from dinobench.results import Result, ResultStore, plain
 from dinobench.runs import now, run_of_checkpoint
 from pretrain.errors import DinobenchError
@@ -52,12 +53,21 @@ class Evaluation:
     """A data set in place of the suite's own."""
     device: str = "auto"
     seed: int = 0
-    allow_partial: bool = False
-    """Measure also a backbone that its file does not fill; the rest of it is random."""
+    loading: Loading = field(default_factory=Loading)
+    """Which network of the checkpoint."""
 
     def store(self, checkpoint: Path) -> ResultStore:
-        run = run_of_checkpoint(checkpoint)
-        return ResultStore(run.path if run else self.output)
+        from pretrain.models.pixels import is_pixels
+
+        run = None if is_pixels(checkpoint) else run_of_checkpoint(checkpoint)
+        return ResultStore((run.path if run else self.output) / self.loading.label)
+
+    def find(self, checkpoint: Path, digest: str, suite: Suite) -> Result | None:
+        """The stored result, if these settings would give it again."""
+        found = self.store(checkpoint).find(suite.id, suite.fingerprint(), digest, self.data, self.seed)
+        # a backbone that does not fit is refused also when someone has measured it with --allow-partial
+        refused = found is not None and is_partial(found.provenance) and not self.loading.allow_partial
+        return None if refused else found
 
 
 def evaluate(
@@ -148,17 +158,14 @@ class _Work:
                 self._left.remove(suite)
 
     def _load(self) -> LoadedModel:
-        from pretrain.models.checkpoint import load
-
-        if not self.settings.allow_partial:
-            return load(self.checkpoint)
-        model = load(self.checkpoint, allow_partial=True)
-        self._say(model.report())
+        model = self.settings.loading.load(self.checkpoint)
+        for line in load_report(model):
+            self._say(line)
         return model
 
     @cached_property
     def _digest(self) -> str:
-        return sha256(self.checkpoint)
+        return checkpoint_digest(self.checkpoint)
 
     @cached_property
     def _store(self) -> ResultStore:
@@ -184,8 +191,7 @@ class _Work:
             lock.release()
 
     def _stored(self, suite: Suite) -> Result | None:
-        settings = self.settings
-        found = self._store.find(suite.id, suite.fingerprint(), self._digest, settings.data, settings.seed)
+        found = self.settings.find(self.checkpoint, self._digest, suite)
         if found is not None:
             self._say(f"{suite.id} on {self.checkpoint.name}: stored result, nothing measured")
         return found
@@ -193,7 +199,7 @@ class _Work:
     def _measured(self, suite: Suite, model: LoadedModel) -> Result | None:
         self._say(f"{suite.id} on {self.checkpoint.name}: measuring")
         try:
-            return _measure(self.checkpoint, suite, model, self.settings, self._store, self._say)
+            return _measure(self.checkpoint, suite, model, self.settings, self._store, self._say, self._left)
         except DinobenchError as error:
             self.failures.append(Failure(suite.id, self.checkpoint, str(error)))
             return None
@@ -201,16 +207,21 @@ class _Work:
 
 def missing(checkpoints: Sequence[Path], suites: Sequence[Suite], settings: Evaluation) -> bool:
     """Whether any of these results is not stored yet."""
-    return any(
-        settings.store(path).find(suite.id, suite.fingerprint(), sha256(path), settings.data, settings.seed) is None
-        for path in checkpoints
-        for suite in suites
-    )
+    digests = {path: checkpoint_digest(path) for path in checkpoints}
+    return any(settings.find(path, digest, suite) is None for path, digest in digests.items() for suite in suites)
 
 
 def _measure(
-    checkpoint: Path, suite: Suite, model: LoadedModel, settings: Evaluation, store: ResultStore, say: Say
+    checkpoint: Path,
+    suite: Suite,
+    model: LoadedModel,
+    settings: Evaluation,
+    store: ResultStore,
+    say: Say,
+    left: Sequence[Suite],
 ) -> Result:
+    """Measure and store; one pass over the images serves the suites that are left too."""
+    from pretrain.models.pixels import is_pixels
     from pretrain.training.runtime import Runtime, RuntimeConfig
     from suites.features import FeatureCache
     from suites.measure import measure
@@ -219,12 +230,14 @@ def _measure(
         suite,
         model,
         data=settings.data,
+        beside=[other for other in left if other is not suite],
         cache=FeatureCache(),
         device=str(Runtime.start(RuntimeConfig(device=settings.device)).device),
         seed=settings.seed,
         progress=feature_lines(say),
     )
     provenance: dict[str, Any] = plain(model.provenance)
+    receipt = {"data": settings.data, "loading": settings.loading.receipt(), "code": code_commit()}
     result = Result(
         suite=suite.id,
         suite_fingerprint=suite.fingerprint(),
@@ -236,9 +249,9 @@ def _measure(
         interval=plain(measured.interval),
         baselines=plain(measured.baselines),
         seed=settings.seed,
-        checkpoint=str(checkpoint.absolute()),
+        checkpoint=provenance["path"] if is_pixels(checkpoint) else str(checkpoint.absolute()),
         provenance=provenance,
-        receipt={**plain(measured.receipt), "data": settings.data, "code": code_commit()},
+        receipt={**plain(measured.receipt), **receipt},
         seconds=round(measured.seconds, 3),
         created=now(),
         from_cache=measured.from_cache,

@@ -4,7 +4,8 @@
     <root>/evals/<suite>@<version>/.<checkpoint hash>.lock            held while it is measured
     <root>/samples/<suite>@<version>/<checkpoint hash>.parquet        index, label, prediction, correct
     <root>/samples/<suite>@<version>/<checkpoint hash>-<table>.parquet
-`root` is the run folder of the checkpoint, or the output folder for a lone file.
+`root` is the run folder of the checkpoint, or the output folder for a lone file; its folder `student` (or another label
+of dinobench.loading) for another network of the same file.
 """
 
 from __future__ import annotations

@@ -35,6 +35,8 @@ from pretrain.errors import DinobenchError
 if TYPE_CHECKING:
     from pretrain.training.recipe import Recipe
 
+LOCK_SECONDS = 1.0
+"""A watching evaluator holds the lock for a moment when it looks whether anyone else does (`is_held`)."""
 Status = Literal["running", "interrupted", "finished", "collapsed", "failed"]
 
 
@@ -161,7 +163,7 @@ class RunFolder:
         """
         lock = FileLock(self.path / ".lock")
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=LOCK_SECONDS)
         except Timeout:
             holder = self.state().process if self.exists else "?"
             raise DinobenchError(

@@ -218,12 +218,11 @@ class Store:
             self._suite_run(experiment, parent, entry, pretraining)
             for name, score in entry.baselines.items():
                 self._baseline_run(experiment, entry, name, score)
-        if pretraining:
-            score = round(entry.metrics[entry.headline], DECIMALS)
-            point = Point(entry.step, time.time(), {entry.headline: score})
-            with _as_unavailable(self.uri):
+            if pretraining:  # under the lock: the training and an evaluator may log the same point at once
+                score = round(entry.metrics[entry.headline], DECIMALS)
+                point = Point(entry.step, time.time(), {entry.headline: score})
                 history = self._client.get_metric_history(pretraining, entry.headline)
-            self.log_points(pretraining, [point], {(m.key, m.step) for m in history})
+                self.log_points(pretraining, [point], {(m.key, m.step) for m in history})
 
     def links(self, base: str) -> dict[str, str]:
         """Pages worth opening, below the address of a server. MLflow opens in its GenAI view without the last part."""
@@ -252,25 +251,30 @@ class Store:
     def _suite_run(self, experiment: str, parent: str, entry: Entry, pretraining: str | None) -> None:
         tags = {"mlflow.parentRunId": parent, "dinobench.suite": entry.suite}
         if found := self._find(experiment, tags):
-            if entry.headline in found.data.metrics:
-                return
             run_id = found.info.run_id
+            if entry.headline in found.data.metrics:  # all is logged; a kill may have left the runs open
+                return self._close(run_id, parent)
         else:
             name = f"{entry.suite} · {entry.name.partition('/')[0]}"
             run_id = self._create(experiment, name, {"suite": entry.suite}, {"dinobench.kind": "suite", **tags}, "")
             self.log_dataset(run_id, entry.dataset, entry.dataset_digest, "eval")
         model = self._logged_model(experiment, entry, pretraining, parent)
-        self._client.log_batch(parent, metrics=[self._score(entry, entry.headline, parent, model)])
+        if entry.headline not in self._client.get_run(parent).data.metrics:  # a kill may have come after it
+            self._client.log_batch(parent, metrics=[self._score(entry, entry.headline, parent, model)])
         self._client.set_tag(parent, "mlflow.note.content", entry.description)
         self._client.log_batch(run_id, metrics=[self._score(entry, key, run_id) for key in entry.metrics])
-        for number in (run_id, parent):
-            self._client.set_terminated(number, "FINISHED")
+        self._close(run_id, parent)
+
+    def _close(self, *run_ids: str) -> None:
+        for run_id in run_ids:
+            if self._client.get_run(run_id).info.status != "FINISHED":
+                self._client.set_terminated(run_id, "FINISHED")
 
     def _baseline_run(self, experiment: str, entry: Entry, name: str, score: float) -> None:
         """A run of its own for each baseline: a bar beside those of the checkpoints."""
         found = self._find(experiment, {"dinobench.kind": "baseline", "dinobench.baseline": name})
         if found and entry.headline in found.data.metrics:
-            return
+            return self._close(found.info.run_id)
         tags = {"dinobench.kind": "baseline", "dinobench.baseline": name}
         run_id = found.info.run_id if found else self._create(experiment, name, {"method": name}, tags, "")
         if not found:

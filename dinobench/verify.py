@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinobench.evaluate import Say, feature_lines
-from dinobench.files import sha256
+from dinobench.loading import checkpoint_digest, loading_of
 from dinobench.results import Result, plain, read_result
 from pretrain.errors import DinobenchError
 
@@ -98,7 +98,7 @@ def verify(file: Path, options: Options, say: Say) -> Verdict:
     data = options.data or result.receipt.get("data")
     say(f"{result.suite} on {checkpoint.name}: comparing checkpoint, suite and images")
     comparisons = [
-        Comparison("checkpoint sha256", result.provenance.get("sha256"), sha256(checkpoint)),
+        Comparison("checkpoint sha256", result.provenance.get("sha256"), checkpoint_digest(checkpoint)),
         Comparison("suite", result.suite, suite.id),
         Comparison("suite fingerprint", result.suite_fingerprint, suite.fingerprint()),
         Comparison("headline", result.headline, suite.headline),
@@ -121,9 +121,13 @@ def allowed_difference(stated: float, found: float, n: int) -> float:
 
 def _find_checkpoint(file: Path, result: Result, options: Options) -> Path:
     """The file that was measured: as told, beside the result in its run folder, or where it was then."""
+    from pretrain.models.pixels import is_pixels
+
     stated = Path(result.checkpoint)
-    beside = file.absolute().parent.parent.parent / "checkpoints" / stated.name
-    candidates = [options.checkpoint] if options.checkpoint else [beside, stated]
+    if is_pixels(stated):
+        return stated
+    folder = file.absolute().parents[3 if loading_of(result).label else 2]
+    candidates = [options.checkpoint] if options.checkpoint else [folder / "checkpoints" / stated.name, stated]
     for path in candidates:
         if path.is_file():
             return path
@@ -169,18 +173,13 @@ def _open_data(suite: Suite, data: str | None) -> dict[str, dict[str, Any]]:
 def _measure(
     result: Result, checkpoint: Path, suite: Suite, data: str | None, options: Options, say: Say
 ) -> Measurement:
-    from pretrain.models.checkpoint import load
     from pretrain.training.runtime import Runtime, RuntimeConfig
     from suites.cache import FeatureCache
     from suites.measure import measure
 
-    facts = result.provenance
-    loading: dict[str, Any] = {"network": facts["network"]} if facts.get("network") in ("teacher", "student") else {}
-    if facts.get("missing") or facts.get("unexpected"):
-        loading["allow_partial"] = True  # as it was then: otherwise there would be no result
     return measure(
         suite,
-        load(checkpoint, **loading),
+        loading_of(result).load(checkpoint),
         data=data,
         cache=FeatureCache() if options.from_cache else None,
         device=str(Runtime.start(RuntimeConfig(device=options.device)).device),

@@ -16,7 +16,7 @@ Pixels need a data set whose images share one size of at most 64 x 64; for other
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol
@@ -31,9 +31,10 @@ from pretrain.models.checkpoint import LoadedModel
 from pretrain.models.heads import ProjectionHead
 from suites.cache import FeatureCache, content_key
 from suites.extractor import Extractor
-from suites.features import Precision, Progress, extract
+from suites.features import extract, row_paths
+from suites.passes import Precision, Progress
 from suites.protocols.protocol import BenchmarkData, Context, Split
-from suites.suite import Suite, protocol_module
+from suites.suite import Feature, Suite, protocol_module
 
 FORMAT = 1
 """Raised when a baseline would give other scores."""
@@ -56,6 +57,8 @@ class Setting:
     batch_size: int = 256
     workers: int | None = None
     progress: Progress | None = None
+    beside: Sequence[Feature] = ()
+    """Features that other suites will ask for."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,8 @@ def _run(module: ModuleType, setting: Setting, train: Split, test: Split, contex
 
 def _split(features: Tensor, images: ImageSet) -> Split:
     assert images.labels is not None
-    return Split(features, images.labels.cpu(), torch.arange(len(images)))
+    index = torch.arange(len(images))
+    return Split(features, images.labels.cpu(), index, row_paths(images, index))
 
 
 def raw_pixels(train: ImageSet, test: ImageSet) -> tuple[Tensor, Tensor] | None:
@@ -243,6 +247,7 @@ def _measure_random(model: LoadedModel, setting: Setting) -> dict[str, float]:
             images,
             setting.suite.transform,
             setting.suite.feature,
+            beside=setting.beside,
             cache=setting.cache,
             device=setting.context.device,
             precision=setting.precision,
@@ -250,7 +255,7 @@ def _measure_random(model: LoadedModel, setting: Setting) -> dict[str, float]:
             workers=setting.workers,
             progress=setting.progress,
         )
-        splits.append(features.split())
+        splits.append(features.split(stored=getattr(module, "STREAMS", False)))
     if model.head is not None:
         model.head.to(setting.context.device)
     return _run(module, setting, splits[0], splits[1], dataclasses.replace(setting.context, model=model))

@@ -6,7 +6,8 @@
 
 A key is a hash of everything the value depends on, so an entry is never out of date, only unused: the folder is kept
 under `max_bytes` by removing the features that were read longest ago. Files are written under a temporary name and
-renamed; a reader sees a whole file or none. Two processes that want the same features compute them once.
+renamed; a reader sees a whole file or none, and maps it into memory. Two processes that want the same features compute
+them once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import hashlib
 import json
 import os
 import secrets
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,8 +29,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from suites.rows import checksum
+
 MAX_BYTES = 20 * 2**30
-"""Default bound, 20 GiB: ImageNet features of ten ViT-S checkpoints."""
+"""Default bound, 20 GiB: ImageNet features of four ViT-S checkpoints with 4 blocks and mean patch token."""
+ABANDONED_SECONDS = 24 * 3600
+"""A file that nobody has written to for so long is what a killed process has left."""
 
 
 def content_key(**parts: Any) -> str:
@@ -76,17 +82,48 @@ class FeatureCache:
             self._store(key, tensors, metadata)
         return Entry(tensors, metadata, from_cache=False)
 
-    def read(self, key: str) -> Entry | None:
+    def get_or_write(
+        self,
+        key: str,
+        write: Callable[[Path, dict[str, str]], None],
+        accept: Callable[[dict[str, str]], bool] = lambda metadata: True,
+    ) -> Entry | None:
+        """The entry under `key`, for values that need not fit in memory; None when it could not be written.
+
+        Args:
+            key: from `content_key`.
+            write: gets a name to write a safetensors file to (as suites.rows does, with its checksum) and the metadata
+                of an entry that was not accepted, which it replaces.
+            accept: whether an entry with this metadata will do.
+        """
+        found = self.read(key, accept)
+        if found is not None:
+            return found
+        path = self._path("features", key, ".safetensors")
+        with self._lock(key[:2]):
+            found = self.read(key, accept)  # another process may have been faster
+            if found is not None:
+                return found
+            with _tolerate_full_disk(self.folder):
+                with _replacing(path) as temporary:
+                    write(temporary, self._metadata(path))
+                self._evict(keep=path)
+                tensors, metadata = _open(path)
+                metadata.pop("checksum")
+                return Entry(tensors, metadata, from_cache=False)
+        return None
+
+    def read(self, key: str, accept: Callable[[dict[str, str]], bool] = lambda metadata: True) -> Entry | None:
         """The entry, or None. A damaged one is removed with a warning."""
         path = self._path("features", key, ".safetensors")
         if not path.exists():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = dict(file.metadata() or {})
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            checksum = metadata.pop("checksum", "")
-            if checksum != _checksum(tensors):
+            tensors, metadata = _open(path)
+            stated = metadata.pop("checksum", "")
+            if not accept(metadata):
+                return None
+            if stated != checksum(tensors):
                 raise ValueError("its checksum does not match")
             os.utime(path)  # read now: last to be removed
         except FileNotFoundError:
@@ -123,12 +160,22 @@ class FeatureCache:
         path = self._path("features", key, ".safetensors")
         with _tolerate_full_disk(self.folder):
             with _replacing(path) as temporary:
-                save_file(tensors, temporary, {**metadata, "checksum": _checksum(tensors)})
+                save_file(tensors, temporary, {**metadata, "checksum": checksum(tensors)})
             self._evict(keep=path)
+
+    def _metadata(self, path: Path) -> dict[str, str]:
+        """Of the entry in a file; nothing when there is none."""
+        try:
+            return _open(path)[1]
+        except (SafetensorError, ValueError, OSError):
+            return {}
 
     def _evict(self, keep: Path) -> None:
         """Remove the features read longest ago until the rest fits; the one just written stays."""
         with self._lock("evict"):
+            for modified, _, path in self._files("*/.writing-*"):
+                if time.time() - modified > ABANDONED_SECONDS:
+                    path.unlink(missing_ok=True)
             features = sorted(self._features())
             total = sum(size for _, size, _ in features)
             for _, size, path in features:
@@ -139,7 +186,11 @@ class FeatureCache:
                     total -= size
 
     def _features(self) -> Iterator[tuple[float, int, Path]]:
-        for path in (self.folder / "features").glob("*/*.safetensors"):
+        return self._files("*/*.safetensors")
+
+    def _files(self, pattern: str) -> Iterator[tuple[float, int, Path]]:
+        """When it was modified, bytes and path of each."""
+        for path in (self.folder / "features").glob(pattern):
             try:
                 state = path.stat()
             except FileNotFoundError:
@@ -165,13 +216,11 @@ class FeatureCache:
         return self.folder / kind / key[:2] / f"{key}{suffix}"
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().numpy().data.cast("B") if tensor.numel() else b"")
-    return digest.hexdigest()
+def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors, mapped into memory, and metadata of a file."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        return tensors, dict(file.metadata() or {})
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from pretrain.errors import DinobenchError, UsageError
 from pretrain.models.checkpoint import LoadedModel
 from suites.cache import Entry, FeatureCache, content_key
-from suites.features import Precision, Progress, default_workers
+from suites.passes import Precision, Progress, default_workers
 from suites.places import ImageFiles
 
 FORMAT = 1

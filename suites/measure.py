@@ -7,6 +7,7 @@ that read images open their own files and extract what they need.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,11 +22,14 @@ from pretrain.packages import installed_versions
 from suites.baselines import BenchmarkSetting, Setting, measure_baselines, measure_benchmark_baselines
 from suites.cache import FeatureCache
 from suites.extractor import Extractor
-from suites.features import Precision, Progress, describe_feature, extract, resolve_feature
+from suites.features import LISTED, Features, describe_feature, extract, resolve_feature
 from suites.neighbours import Backend
+from suites.passes import Precision, Progress
 from suites.protocols.protocol import Context, Outcome
 from suites.suite import Suite, protocol_module
 
+SPREAD_IMAGES = 100_000
+"""The first so many images tell whether features differ."""
 PACKAGES = ("dinobench", "torch", "torchvision", "timm", "numpy", "pandas", "scikit-learn", "faiss-gpu", "faiss-cpu")
 
 
@@ -61,6 +65,7 @@ def measure(
     model: LoadedModel,
     *,
     data: str | None = None,
+    beside: Sequence[Suite] = (),
     cache: FeatureCache | None = None,
     device: str = "cpu",
     precision: Precision = "fp32",
@@ -75,13 +80,16 @@ def measure(
 
     Args:
         data: Data set to measure on instead of the suite's own.
+        beside: Suites that will be measured on the same checkpoint and `data`; a pass over the images takes in what
+            they need of them.
         cache: Features and baselines are read from and written to it; None computes everything.
         seed: Of everything random in the protocol: draws, shuffles, k-means starts, bootstrap.
         backend: Of the nearest-neighbour search.
         baselines: Measure the suite's baselines too (once per data set when there is a cache).
 
     Raises:
-        DinobenchError: labels missing, one class only, classes that differ between the splits, features not finite.
+        DinobenchError: labels missing, one class only, classes that differ between the splits, features not finite,
+            too many unreadable images.
         UsageError: the suite leaves its data set open and `data` is not given.
     """
     started = time.monotonic()
@@ -91,8 +99,11 @@ def measure(
     options: dict[str, Any] = {"cache": cache, "precision": precision, "batch_size": batch_size, "workers": workers}
     options["progress"] = progress
     context = Context(0, seed=seed, device=device, backend=backend, model=model)
-    on = _on_benchmark if suite.reads_images else _on_splits
-    found = on(suite, data, context, baselines, options)
+    if suite.reads_images:
+        found = _on_benchmark(suite, data, context, baselines, options)
+    else:
+        shared = [other.feature for other in beside if _reads_the_same(suite, other, data)]
+        found = _on_splits(suite, data, context, baselines, {**options, "beside": shared})
     outcome, scores = found.outcome, found.outcome.scores
     if suite.headline not in scores:
         raise UsageError(
@@ -141,28 +152,35 @@ def _on_splits(suite: Suite, data: str | None, context: Context, baselines: bool
         extract(model, images, suite.transform, suite.feature, device=context.device, **options)
         for images in (train_images, test_images)
     )
+    pairs = ((train_images, train), (test_images, test))
     largest = max(_largest(images.labels) for images in (train_images, test_images))
     num_classes = max(len(train_images.classes), largest + 1)
     context = replace(context, num_classes=num_classes, classes=tuple(train_images.classes))
-    outcome: Outcome = protocol_module(suite.protocol).run(
-        train.split(), test.split(), suite.resolved_parameters(), context
-    )
+    context = replace(context, train_images=_readable(train_images, train), transform=suite.transform)
+    module = protocol_module(suite.protocol)
+    splits = (part.split(stored=getattr(module, "STREAMS", False)) for part in (train, test))
+    outcome: Outcome = module.run(*splits, suite.resolved_parameters(), context)
+    outcome.notes += [note for images, part in pairs for note in _describe_unreadable(images, part)]
     outcome.notes += _describe_spread(test.cls)
     beside = {}
     if baselines:
-        beside = measure_baselines(Setting(suite, model, train_images, test_images, context, **options))
+        readable_train, readable_test = (_readable(images, part) for images, part in pairs)
+        beside = measure_baselines(Setting(suite, model, readable_train, readable_test, context, **options))
     return _Found(
         outcome,
         beside,
         dataset=train_images.name,
-        images={
-            role: {"name": split.name, "split": split.split, "n": len(split), "fingerprint": split.fingerprint}
-            for role, split in (("train", train_images), ("test", test_images))
-        },
+        images={role: _describe_images(*pair) for role, pair in zip(("train", "test"), pairs, strict=True)},
         features=[{"from_cache": part.from_cache, **part.metadata} for part in (train, test)],
         feature=describe_feature(resolve_feature(suite.feature, model.backbone)),
         transform=suite.transform.model_dump(mode="json"),
     )
+
+
+def _reads_the_same(suite: Suite, other: Suite, data: str | None) -> bool:
+    """Whether features of one serve the other, of the same split at least."""
+    names = (suite.dataset.name, other.dataset.name)
+    return not other.reads_images and suite.transform == other.transform and (data is not None or len(set(names)) == 1)
 
 
 def _on_benchmark(suite: Suite, data: str | None, context: Context, baselines: bool, options: dict[str, Any]) -> _Found:
@@ -202,7 +220,7 @@ def check_labels(suite: Suite, train: ImageSet, test: ImageSet) -> None:
         if images.labels is None:
             raise DinobenchError(
                 f"suite {suite.id} needs labels, but {images.name} {images.split} has none: sort the images into one "
-                "folder per class, or use a suite of protocol 'prototypes'"
+                "folder per class, or use a suite of protocol 'prototypes' or 'representation'"
             )
     assert train.labels is not None
     classes = train.labels.unique()
@@ -244,13 +262,37 @@ def make_receipt(
     }
 
 
+def _readable(images: ImageSet, features: Features) -> ImageSet:
+    """The images that have features."""
+    return images if len(features.index) == len(images) else images.subset(features.index)
+
+
+def _describe_images(images: ImageSet, features: Features) -> dict[str, Any]:
+    """For the receipt."""
+    facts: dict[str, Any] = {"name": images.name, "split": images.split, "n": len(features.index)}
+    facts["fingerprint"] = images.fingerprint
+    if unreadable := features.list_unreadable(images):
+        facts["unreadable"] = unreadable
+    return facts
+
+
+def _describe_unreadable(images: ImageSet, features: Features) -> list[str]:
+    """A sentence when images were left out."""
+    unreadable = features.list_unreadable(images)
+    if not unreadable:
+        return []
+    total, shown = len(images) + len(images.skipped), "; ".join(unreadable[:LISTED])
+    left_out = f"{len(unreadable)} of {total} images of {images.name} {images.split} cannot be read and are left out"
+    return [f"{left_out}: {shown}" + ("; ..." if len(unreadable) > LISTED else "")]
+
+
 def _largest(labels: Tensor | None) -> int:
     return int(labels.max()) if labels is not None and len(labels) else -1
 
 
 def _describe_spread(features: Tensor) -> list[str]:
     """A sentence when the features hardly differ between images."""
-    unit = torch.nn.functional.normalize(features, dim=1)
+    unit = torch.nn.functional.normalize(features[:SPREAD_IMAGES].float(), dim=1)
     spread = (unit.std(0).mean() * unit.shape[1] ** 0.5).item()
     if spread < 0.01:
         return [f"the features hardly differ between images (relative standard deviation {spread:.2g}): collapsed"]

@@ -22,6 +22,8 @@ Backend = Literal["auto", "torch", "faiss"]
 
 GROUP = 16
 """Columns per group of the two-stage top-k."""
+BLOCK = 2**14
+"""Rows normalised at a time."""
 CHUNK_VALUES = {"cpu": 2**25, "cuda": 2**28}
 """Similarities held at a time: 128 MiB on the CPU, 1 GiB on a GPU."""
 FAISS_WORTH = 1e10
@@ -52,12 +54,20 @@ def find_neighbours(
         raise UsageError(
             f"k={k} needs {k} train images, this set has {len(base)}: lower k in a copy of the suite definition"
         )
-    base, queries = (nn.functional.normalize(x.to(device, torch.float32), dim=1) for x in (base, queries))
+    base, queries = (_unit_rows(x, device) for x in (base, queries))
     chosen = choose_backend(backend, len(base) * len(queries) * base.shape[1], base.device)
     parts = list(_search_faiss(base, queries, k) if chosen == "faiss" else _search_torch(base, queries, k))
     if not parts:
         return Neighbours(queries.new_empty(0, k), torch.empty(0, k, dtype=torch.long, device=queries.device))
     return Neighbours(torch.cat([p.similarity for p in parts]), torch.cat([p.indices for p in parts]))
+
+
+def _unit_rows(x: Tensor, device: str | torch.device) -> Tensor:
+    """Rows of x [N, D] of length 1, float32 on the device; in blocks, so that nothing else of this size is held."""
+    unit = torch.empty(x.shape, dtype=torch.float32, device=device)
+    for block, rows in zip(unit.split(BLOCK), x.split(BLOCK), strict=True):
+        nn.functional.normalize(rows.to(device, torch.float32), dim=1, out=block)
+    return unit
 
 
 def choose_backend(backend: Backend, work: float, device: torch.device) -> Literal["torch", "faiss"]:
@@ -77,13 +87,11 @@ def _search_torch(base: Tensor, queries: Tensor, k: int) -> Iterator[Neighbours]
     limit = CHUNK_VALUES.get(base.device.type, CHUNK_VALUES["cuda"])
     chunk = min(max(limit // num_base, 64), 2048)
     grouped = num_base >= 4 * GROUP * (k + 1)
-    if grouped:  # so that the columns divide into groups; the padding never wins
-        base = nn.functional.pad(base, (0, 0, 0, -num_base % GROUP))
-    transposed = base.T
+    padding = -num_base % GROUP if grouped else 0  # so that the columns divide into groups; it never wins
     with _full_precision():
         for block in queries.split(chunk):
-            similarity = block @ transposed
-            similarity[:, num_base:] = -torch.inf
+            similarity = block.new_full((len(block), num_base + padding), -torch.inf)
+            torch.mm(block, base.T, out=similarity[:, :num_base])
             top = _top_grouped(similarity, k + 1) if grouped else similarity.topk(min(k + 1, num_base))
             yield _ordered(top[0], top[1], k, similarity[:, :num_base])
 

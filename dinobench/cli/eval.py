@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 def run_evaluation(
     checkpoints: Annotated[
-        list[Path], typer.Argument(metavar="CKPT|RUN...", help="Checkpoint files; a run folder means all it has kept.")
+        list[Path],
+        typer.Argument(
+            metavar="CKPT|RUN|pixels...",
+            help="Checkpoint files; a run folder means all it has kept; pixels or pixels:SIDE is no network, the "
+            "images themselves.",
+        ),
     ],
     suite: Annotated[list[str], typer.Option(help="Suite name or file; repeat it, or separate with commas.")],
     data: Annotated[str | None, typer.Option(help="Data set in place of the suite's own.")] = None,
@@ -29,6 +34,13 @@ def run_evaluation(
         bool,
         typer.Option("--watch", help="Follow one run folder: evaluate each checkpoint as it comes, until it ends."),
     ] = False,
+    checkpoint_key: Annotated[Literal["teacher", "student"], typer.Option(help="Which network.")] = "teacher",
+    arch: Annotated[
+        str | None, typer.Option(help="timm model of a foreign file whose shapes do not tell, such as convnext_tiny.")
+    ] = None,
+    num_heads: Annotated[
+        int | None, typer.Option(min=1, help="Attention heads of a foreign ViT of an unusual width.")
+    ] = None,
     allow_partial: Annotated[
         bool, typer.Option("--allow-partial", help="Also a backbone that the file does not fill; the rest is random.")
     ] = False,
@@ -39,20 +51,48 @@ def run_evaluation(
 
     Several of these commands may work on one run: they divide it. With --watch the exit code is 0 when the run
     finished, and 3 when it ended otherwise. --json prints the result, or a list of results when several suites or
-    checkpoints are given.
+    checkpoints are given. Under torchrun the ranks divide the images of each feature pass.
     """
-    from dinobench.evaluate import Evaluation, evaluate
+    from dinobench.evaluate import Evaluation
+    from dinobench.loading import Loading
     from dinobench.reporter import Reporter
     from dinobench.runs import RunFolder
     from pretrain.errors import UsageError
+    from pretrain.models.pixels import is_pixels
+    from suites.ranks import led
     from suites.suite import load_suite
 
     reporter = Reporter()
     suites = [load_suite(name) for name in split_names(suite)]
-    settings = Evaluation(output=output, data=data, device=device, seed=seed, allow_partial=allow_partial)
-    runs = [path for path in checkpoints if RunFolder(path).exists]
+    loading = Loading(checkpoint_key, arch, num_heads, allow_partial)
+    settings = Evaluation(output=output, data=data, device=device, seed=seed, loading=loading)
+    runs = [path for path in checkpoints if RunFolder(path).exists and not is_pixels(path)]
     if watch and (len(checkpoints) != 1 or not runs):
         raise UsageError("--watch follows one run folder (it has a run.json): give that alone, one command per run")
+    with led(device) as leads:
+        if leads:
+            _evaluate(checkpoints, runs, suites, settings, reporter, watch=watch, track=track, as_json=as_json)
+
+
+def _evaluate(
+    checkpoints: list[Path],
+    runs: list[Path],
+    suites: list[Suite],
+    settings: Evaluation,
+    reporter: Reporter,
+    *,
+    watch: bool,
+    track: bool,
+    as_json: bool,
+) -> None:
+    """Measure and print.
+
+    Raises:
+        typer.Exit: with 3, something was not measured or a watched run did not finish.
+    """
+    from dinobench.evaluate import evaluate
+    from dinobench.runs import RunFolder
+
     results, shown, failures, advice = [], [], [], ""
     for path in checkpoints:
         if path in runs:
@@ -61,7 +101,7 @@ def run_evaluation(
         else:
             done, failed = evaluate(path, suites, settings, reporter.say)
             if track:
-                _track(path, done, output, reporter)
+                _track(path, done, settings.output, reporter)
             shown += done
         results += done
         failures += failed
@@ -148,6 +188,7 @@ class _Log:
 
     def __call__(self, result: Result) -> None:
         from dinobench import mirror, tracking  # MLflow takes seconds to import: not at all when there is no result
+        from dinobench.loading import loading_of
 
         if self._failed:
             return
@@ -156,20 +197,34 @@ class _Log:
                 self._store = tracking.connect(self.uri)
                 self._reporter.say(f"logging to {tracking.masked(self.uri)}")
             # asked for each time: the run itself may enter MLflow only while we watch it
-            pretraining = self._store.find_pretraining(self.run.state().key) if self.run else None
-            mirror.log_result(self._store, self.run, result, pretraining)
+            run = None if loading_of(result).label else self.run  # the curves of a run are those of its teacher
+            pretraining = self._store.find_pretraining(run.state().key) if run else None
+            mirror.log_result(self._store, run, _as_its_own(result), pretraining)
         except tracking.TrackingUnavailable as error:
             self._failed = True
             again = f"; `dinobench runs sync {self.run.path}` logs it later" if self.run else ""
             self._reporter.warn(f"not logged to MLflow: {error}; the result is in its file all the same{again}")
 
 
+def _as_its_own(result: Result) -> Result:
+    """Another network of a file is another checkpoint to MLflow, which tells them by their hashes."""
+    from dinobench.loading import loading_of
+
+    label = loading_of(result).label
+    if not label:
+        return result
+    facts = result.provenance
+    changed = {"sha256": f"{facts['sha256']}-{label}", "arch": f"{facts.get('arch')} {label}"}
+    return result.model_copy(update={"provenance": {**facts, **changed}})
+
+
 def _track(checkpoint: Path, results: list[Result], output: Path, reporter: Reporter) -> None:
     """Log the new results of a checkpoint file."""
     from dinobench.runs import run_of_checkpoint
     from dinobench.tracking import tracking_uri
+    from pretrain.models.pixels import is_pixels
 
-    run = run_of_checkpoint(checkpoint)
+    run = None if is_pixels(checkpoint) else run_of_checkpoint(checkpoint)
     log = _Log(run, tracking_uri(run.path.parent if run else output), reporter)
     for result in results:
         if not result.from_cache:

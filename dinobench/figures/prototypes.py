@@ -41,7 +41,8 @@ def draw_prototypes(subject: Subject, images: ImageSet, limit: int = 10_000) -> 
     head, temperature = need_prototypes(subject)
     images = spread(images, limit)
     head.to(subject.device)
-    features = extract(subject.model, images, subject.transform, cache=FeatureCache(), device=subject.device).cls
+    found = extract(subject.model, images, subject.transform, cache=FeatureCache(), device=subject.device)
+    images, features = images.subset(found.index), found.cls.float()
     assigned, _ = assign(head, features, temperature, subject.device)
     counts = usage.usage_counts(assigned, head.last_layer.num)
     return [_draw_usage(subject, head, counts, images), _draw_nearest(subject, head, features, counts, images)]

@@ -2,6 +2,7 @@
 
     digits                      scikit-learn's bundled handwritten digits: needs no download
     fashion_mnist, cifar10      under the data root, the folder named by the environment variable DINOBENCH_DATA
+    cifar100, flowers102, ...   the same, as torchvision lays them out (pretrain.data.torchvision_sets)
     imagenet:/path              folders train/ and val/ with one folder per class
     folder:/path                images in a folder or a .tar, .tar.gz or .zip: <split>/<class>/..., <class>/..., or flat
     npz:/path                   arrays `images` and `labels`, or `train_images`, `train_labels`, `test_images`, ...
@@ -16,6 +17,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from pretrain.data import embedded, folders
+from pretrain.data import embedded, folders, torchvision_sets
 from pretrain.data.images import ImageSet
 from pretrain.errors import DinobenchError, UsageError, unknown_name
 
@@ -101,6 +103,15 @@ _NAMED = {
         embedded.find_cifar10,
         embedded.CIFAR10_NEEDS,
     ),
+} | {
+    name: _Entry(
+        entry.description,
+        entry.splits,
+        partial(torchvision_sets.open_set, name),
+        partial(torchvision_sets.find, name),
+        entry.needs,
+    )
+    for name, entry in torchvision_sets.SETS.items()
 }
 _URIS = {
     "imagenet": ("ImageNet-1k: folders train/ and val/ with one folder per class", ("train", "val"), "imagenet:/path"),

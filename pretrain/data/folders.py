@@ -23,6 +23,10 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 SPLITS = ("train", "val", "test")
 MAX_HASHED_BYTES = 512 << 20
 """Sets up to this size are identified by the content of every file, larger ones by names and sizes."""
+_FIX = (
+    "move each image into a folder named as its class in train/, like {split}/<class>/{image} (for ImageNet-1k the "
+    "script valprep.sh of soumith/imagenetloader.torch does it; for tiny-imagenet val_annotations.txt has the classes)"
+)
 _LAYOUTS = "<split>/<class>/<image>, <class>/<image> or <image>"
 
 
@@ -33,7 +37,11 @@ def open_folder(path: Path, split: str, name: str, *, needs_splits: bool = False
         path: Folder, or .tar, .tar.gz, .zip.
         split: "train" for everything where there are no split folders; "test" may be called "val" and the reverse.
         name: What the set is called in receipts.
-        needs_splits: Whether folders train/ and val/ must be there.
+        needs_splits: Whether folders train/ and val/ must be there, and the images of this split in class folders.
+
+    Raises:
+        DinobenchError: no images, or not the folders that are needed; the message says what to move where.
+        UsageError: there is no such split.
     """
     store = open_store(path)
     names = sorted(n for n in store.sizes if n.lower().endswith(IMAGE_SUFFIXES) and not _hidden(n))
@@ -55,6 +63,8 @@ def open_folder(path: Path, split: str, name: str, *, needs_splits: bool = False
     split = _split_folder(split, list(everything), name)
     relative = {s: [n[len(prefix) + len(f"{s}/" if found else "") :] for n in of] for s, of in everything.items()}
     folders = {s: _class_folders(of) for s, of in relative.items()}
+    if needs_splits:
+        _refuse_unlabelled(path, split, relative[split], set(folders["train"]))
     classes = tuple(sorted({folder for of in folders.values() for folder in of}))
     number = {folder: k for k, folder in enumerate(classes)}
     labels = torch.tensor([number[folder] for folder in folders[split]]) if folders[split] else None
@@ -102,6 +112,28 @@ def _splits(names: list[str], prefix: str) -> list[str]:
 def _class_folders(relative: list[str]) -> list[str]:
     """The first folder of each image, if every image is in one, else nothing."""
     return [n.partition("/")[0] for n in relative] if all("/" in n for n in relative) else []
+
+
+def _refuse_unlabelled(path: Path, split: str, relative: list[str], known: set[str]) -> None:
+    """Refuse a split whose labels cannot be told, as ImageNet's val/ right after unpacking.
+
+    Args:
+        relative: names of the split's images below it.
+        known: classes of train; empty where it has none itself.
+    """
+    flat = [n for n in relative if "/" not in n]
+    if flat:
+        number = f"all {len(flat)}" if len(flat) == len(relative) else f"{len(flat)} of {len(relative)}"
+        raise DinobenchError(
+            f"{path}: {number} images of {split}/ lie in no class folder (first: {split}/{flat[0]}), so their labels "
+            f"are not known: {_FIX.format(split=split, image=flat[0])}"
+        )
+    strange = sorted({n.partition("/")[0] for n in relative} - known)
+    if strange and split != "train":
+        raise DinobenchError(
+            f"{path}: {split}/ has {len(strange)} folders that train/ has not (first: {split}/{strange[0]}/): expected "
+            f"the class folders of train/; {_FIX.format(split=split, image='<image>')}"
+        )
 
 
 def files_fingerprint(store: Store, names: list[str], relative: list[str]) -> str:

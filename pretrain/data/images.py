@@ -201,11 +201,19 @@ class ImageSet:
         """Where image `number` lies, for messages."""
         return self.source.path(self._row(number))
 
+    def read(self, number: int) -> Image.Image:
+        """Image `number` as PIL RGB.
+
+        Raises:
+            UnreadableImage: it cannot be decoded.
+        """
+        return self.source.read(self._row(number))
+
     def image(self, number: int) -> Image.Image:
         """Image `number` as PIL RGB; if unreadable, the next readable one of its class."""
         for candidate in self._candidates(number):
             try:
-                return self.source.read(self._row(candidate))
+                return self.read(candidate)
             except UnreadableImage as error:
                 if candidate not in self._reported:
                     self._reported.add(candidate)

@@ -76,6 +76,16 @@ def infer_model(
         ) from error
 
 
+def unusual_depth(model: ModelConfig) -> list[str]:
+    """A sentence where a ViT of a published width has another depth: whole blocks may be missing from the file."""
+    published = {f"vit_{name}_": (width, depth) for width, (name, depth, _) in STANDARD.items()}
+    for start, (width, depth) in published.items():
+        found = model.kwargs.get("depth", depth)
+        if model.name.startswith(start) and "embed_dim" not in model.kwargs and found != depth:
+            return [f"{found} blocks where the published ViTs of width {width} have {depth}: is the file whole?"]
+    return []
+
+
 def _vit(state: State, rule: Rule, num_heads: int | None, own_heads: dict[int, int]) -> ModelConfig:
     width, patch = _patches(state)
     depth = _count(state, r"^blocks\.(\d+)\.")

@@ -20,12 +20,13 @@ from torch import nn
 
 from pretrain.errors import DinobenchError, UsageError, unknown_name
 from pretrain.models.backbones import ModelConfig, create_backbone, feature_dim
-from pretrain.models.checkpoint_file import FORMAT, SAFETENSORS, read, save, save_safetensors
-from pretrain.models.filling import fill, listed
-from pretrain.models.foreign_heads import ForeignPrototypes
+from pretrain.models.checkpoint_file import FORMAT, SAFETENSORS, file_sha256, read, save, save_safetensors
+from pretrain.models.filling import Match, fill, listed
 from pretrain.models.heads import HeadConfig, ProjectionHead
 from pretrain.models.layouts import FOREIGN
 from pretrain.models.parts import Layout, Network, Parts, Payload, Request
+from pretrain.models.patch_head import PatchConfig
+from pretrain.models.patch_prototypes import PatchPrototypes, build, find_ours, our_temperature
 from pretrain.models.prototypes import Prototypes
 
 __all__ = [
@@ -64,7 +65,15 @@ class LoadedModel:
     provenance: dict[str, Any]
     """path, sha256, format, method, arch, label, step, images_seen, epoch, seed, network, recipe_hash, weights_sha256,
     model (its ModelConfig as plain values), matched (number of backbone tensors), missing, unexpected, coverage
-    (percent), dropped (names of what no feature depends on), notes. What a file does not tell is None."""
+    (percent), dropped (names of what no feature depends on), patch_head (its kind), notes. What a file does not tell is
+    None."""
+    patch: PatchPrototypes | None = None
+    """The head of the patch tokens, where the method has one."""
+
+    def __post_init__(self) -> None:
+        # Another head in its place, for example a random one, has no patch head beside it.
+        if self.patch is not None and self.patch.beside is not self.head:
+            self.patch = None
 
     def report(self) -> str:
         """What was loaded, in one line."""
@@ -103,6 +112,8 @@ def load(
     """
     if network not in ("teacher", "student"):
         raise unknown_name("network", network, ("teacher", "student"))
+    if num_heads is not None and num_heads < 1:
+        raise UsageError(f"a ViT has at least one attention head, found num_heads={num_heads}: give its number")
     request = Request(Path(path), network, num_heads, model)
     payload = read(request.path, mmap=True)
     layout = next((layout for layout in LAYOUTS if layout.recognises(payload)), None)
@@ -112,7 +123,16 @@ def load(
             f"{path} has a layout that is not known here (keys: {keys}): expected one of "
             f"{', '.join(layout.name for layout in LAYOUTS)}; save the backbone's state dict alone in a new file"
         )
-    return _assemble(layout.take_apart(payload, request), request, layout.name, allow_partial)
+    try:
+        return _assemble(layout.take_apart(payload, request), request, layout.name, allow_partial)
+    except (DinobenchError, MemoryError):
+        raise
+    except Exception as error:  # shapes, types and entries that no such file has
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        raise DinobenchError(
+            f"{path} looks like {layout.name}, but an entry in it is not what such a file holds ({reason}): give the "
+            "file as its project wrote it"
+        ) from error
 
 
 def export(model: LoadedModel, path: str | Path) -> None:
@@ -160,7 +180,11 @@ def _take_ours_apart(payload: Payload, request: Request) -> Parts:
         "seed": payload.get("seed", recipe.get("seed")),
         **{key: payload.get(key) for key in ("step", "images_seen", "epoch")},
     }
-    return Parts(model, head, payload[network], temperature, facts)
+    state = payload[network]
+    config = _section(PatchConfig, recipe, "patch", path) if recipe.get("patch") is not None else None
+    of_patches = temperature if network == "student" or config is None else our_temperature(config, recipe, payload)
+    patch, added = find_ours(config, head, state, of_patches)
+    return Parts(model, head, {**state, **added}, temperature, facts, patch=patch)
 
 
 def _is_export(payload: Payload) -> bool:
@@ -192,26 +216,18 @@ def _assemble(parts: Parts, request: Request, layout: str, allow_partial: bool) 
     with torch.random.fork_rng(devices=[]):  # the caller's generator stays put
         torch.manual_seed(0)  # what a partial load leaves is the same every time
         backbone = create_backbone(parts.model)
-        head = ProjectionHead(feature_dim(backbone), parts.head) if parts.head is not None else None
-    match = fill(backbone, parts.state, "backbone.", parts.droppable)
-    if not match.complete and not (allow_partial and match.matched):
-        raise DinobenchError(match.refusal("backbone", path, parts.model.name))
-    notes = list(parts.notes)
-    if head is not None:
-        fits = fill(head, parts.state, "head.")
-        if not fits.complete and parts.prototypes is None:
-            raise DinobenchError(fits.refusal("head", path, "its recipe"))
-        if not fits.complete:
-            notes.append("the head does not fit the backbone: its prototypes are read alone")
-            head = None
-    prototypes = head.last_layer if head is not None else _alone(parts.prototypes)
-    for module in filter(None, (backbone, head, prototypes)):
+        match = fill(backbone, parts.state, "backbone.", parts.droppable)
+        if not match.complete and not (allow_partial and match.matched):
+            raise DinobenchError(match.refusal("backbone", path, parts.model.name))
+        if match.not_finite:
+            raise DinobenchError(match.broken(path))
+        head, prototypes, patch, notes = _heads(parts, feature_dim(backbone), path)
+    own = (patch.head, patch.prototypes) if patch is not None else ()
+    for module in filter(None, (backbone, head, prototypes, *own)):
         module.eval().requires_grad_(False)
-    with open(path, "rb") as file:
-        file_hash = hashlib.file_digest(file, "sha256").hexdigest()
     provenance = {
         "path": str(path),
-        "sha256": file_hash,
+        "sha256": file_sha256(path),
         "format": layout,
         **parts.facts,
         "model": parts.model.model_dump(mode="json"),
@@ -221,20 +237,31 @@ def _assemble(parts: Parts, request: Request, layout: str, allow_partial: bool) 
         "unexpected": match.unexpected,
         "coverage": match.coverage,
         "dropped": sorted([*parts.dropped, *match.dropped]),
-        "notes": notes,
+        "patch_head": None if patch is None else patch.kind,
+        "notes": [*parts.notes, *notes],
     }
     normaliser = parts.head.normaliser if parts.head is not None else "none"
-    return LoadedModel(backbone, head, prototypes, normaliser, parts.temperature, provenance)
+    return LoadedModel(backbone, head, prototypes, normaliser, parts.temperature, provenance, patch)
 
 
-def _alone(found: ForeignPrototypes | None) -> Prototypes | None:
-    """Prototypes without the MLP before them."""
-    if found is None:
-        return None
-    num, dim = found.shape
-    prototypes = Prototypes(dim, num, found.kind)
-    prototypes.load_state_dict(found.state)
-    return prototypes
+def _heads(
+    parts: Parts, dim: int, path: Path
+) -> tuple[ProjectionHead | None, Prototypes | None, PatchPrototypes | None, list[str]]:
+    """Head, its prototypes and the patch head on features of `dim`, and what is to be told of them."""
+    head, notes = None, []
+    if parts.head is not None:
+        head = ProjectionHead(dim, parts.head)
+        fits = fill(head, parts.state, "head.")
+        if not fits.complete and parts.prototypes is None:
+            raise DinobenchError(fits.refusal("head", path, "its recipe"))
+        if not fits.complete:
+            notes.append("the head does not fit the backbone: its prototypes are read alone")
+            head = None
+    alone = None if parts.prototypes is None else parts.prototypes.build()
+    patch = build(parts.patch, parts.state, head, dim) if parts.patch is not None else None
+    if isinstance(patch, Match):
+        raise DinobenchError(patch.refusal("patch head", path, "its recipe"))
+    return head, alone if head is None else head.last_layer, patch, notes
 
 
 def _section(config: type[Config], recipe: Mapping[str, Any], name: str, path: Path) -> Config:

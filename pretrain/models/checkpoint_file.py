@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
+import json
 import os
 import pickle
 import re
+import stat
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -28,8 +31,14 @@ from torch import Tensor
 
 from pretrain.errors import DinobenchError
 from pretrain.models.file_checks import check_pickle, check_sizes, check_start, check_zip, unpickling_refused
+from pretrain.models.numpy_numbers import STAND_INS
 
 FORMAT = "dinobench-checkpoint-1"
+MAX_INDEX_BYTES = 2**26
+NEWER_INSTRUCTIONS = range(0x8C, 0x99)
+"""Of pickle protocols 4 and 5, none of which torch's safe reader knows."""
+INDEX = ".safetensors.index.json"
+"""Suffix of the list of the parts of a large file (transformers)."""
 SAFETENSORS = "safetensors"
 """What `read` puts under `format` for such a file; its tensors are under `state_dict`, its header under `metadata`."""
 
@@ -71,6 +80,8 @@ def read(path: str | Path, map_location: str | torch.device = "cpu", *, mmap: bo
     path = Path(path)
     _check_file(path)
     try:
+        if path.name.endswith(INDEX):
+            return _read_parts(path, map_location)
         check_start(path)
         if _is_safetensors(path):
             return _read_safetensors(path, map_location)
@@ -85,13 +96,23 @@ def read(path: str | Path, map_location: str | torch.device = "cpu", *, mmap: bo
     return payload
 
 
+def file_sha256(path: str | Path) -> str:
+    """Hash of a checkpoint file; of the files that it names, one after the other, for an index."""
+    path, digest = Path(path), hashlib.sha256()
+    for part in _parts_of(path, _weight_map(path)) if path.name.endswith(INDEX) else [path]:
+        with open(part, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
 def _read_torch(path: Path, map_location: str | torch.device, mmap: bool) -> Any:
     is_zip = zipfile.is_zipfile(path)
     if is_zip:
         check_zip(path)
     check_pickle(path)
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace, *STAND_INS]):
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # said of files that are no checkpoints
             return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap and is_zip)
     except pickle.UnpicklingError as error:
@@ -112,6 +133,46 @@ def _read_safetensors(path: Path, map_location: str | torch.device) -> dict[str,
     with safe_open(path, "pt", device=str(map_location)) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         return {"format": SAFETENSORS, "metadata": file.metadata() or {}, "state_dict": tensors}
+
+
+def _read_parts(index: Path, map_location: str | torch.device) -> dict[str, Any]:
+    """The tensors of all the files that an index names, which lie beside it."""
+    if index.stat().st_size > MAX_INDEX_BYTES:
+        raise DinobenchError(
+            f"{index} has {index.stat().st_size} bytes, expected {MAX_INDEX_BYTES} at most for an index"
+        )
+    places = _weight_map(index)
+    state: dict[str, Tensor] = {}
+    for part in _parts_of(index, places):
+        check_start(part)
+        try:
+            state |= _read_safetensors(part, map_location)["state_dict"]
+        except Exception as error:
+            raise _unreadable(part, error) from error
+    absent = sorted(places.keys() - state.keys())
+    if absent:
+        raise DinobenchError(
+            f"the parts that {index} names lack {len(absent)} of its tensors, for example {absent[0]}: copy them again"
+        )
+    return {"format": SAFETENSORS, "metadata": {}, "state_dict": state}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file."""
+    content = json.loads(index.read_text())
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not places or not all(isinstance(place, str) for place in places.values()):
+        raise DinobenchError(f"{index} has no weight_map of tensor names to files: take the index again")
+    return places
+
+
+def _parts_of(index: Path, places: Mapping[str, str]) -> list[Path]:
+    """The files beside an index that hold its tensors."""
+    parts = [index.parent / name for name in sorted(set(places.values()))]
+    for part, name in zip(parts, sorted(set(places.values())), strict=True):
+        if Path(name).name != name or not part.is_file():
+            raise DinobenchError(f"{index} names the part {name!r}, which is not beside it: copy all parts there")
+    return parts
 
 
 def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -159,14 +220,23 @@ def _check_file(path: Path) -> None:
                 f"{path} is a distributed checkpoint (DINOv3 trains with them), expected one file: convert it with "
                 f"`python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} FILE`, or give the eval dump"
             )
-        inside = sorted(str(other.relative_to(path)) for other in _checkpoints_below(path))
+        inside = [str(other.relative_to(path)) for other in _checkpoints_below(path)]
         hint = f"give one of {', '.join(inside[:5])}" if inside else "give a checkpoint file"
         raise DinobenchError(f"{path} is a folder; expected a checkpoint file: {hint}")
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise DinobenchError(f"{path} is a device or a pipe, expected a checkpoint file: save it to a file first")
+    part = re.search(r"-(\d+)-of-(\d+)\.(safetensors|bin)$", path.name)
+    if part is not None and int(part[2]) > 1:
+        index = path.with_name(f"{path.name[: part.start()]}{INDEX}")
+        raise DinobenchError(
+            f"{path} is part {int(part[1])} of {int(part[2])} of a network, expected all of them: give "
+            f"{index if index.exists() else f'the list of the parts, {index.name}, with the parts beside it'}"
+        )
 
 
 def _checkpoints_below(folder: Path) -> Iterator[Path]:
-    yield from folder.glob("*.pt")
-    yield from folder.glob("checkpoints/*.pt")
+    for pattern in ("*.pt", "*.pth", "*.pth.tar", "*.ckpt", f"*{INDEX}", "*.safetensors", "checkpoints/*.pt"):
+        yield from folder.glob(pattern)
 
 
 def _unreadable(path: Path, error: Exception) -> DinobenchError:
@@ -174,9 +244,15 @@ def _unreadable(path: Path, error: Exception) -> DinobenchError:
         return DinobenchError(f"{path} may not be read by this user: change its permissions")
     with open(path, "rb") as file:
         start = file.read(4)
-    reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-    if "TorchScript" in reason:
-        return DinobenchError(f"{path} is a TorchScript program, expected weights: save the state_dict of the module")
+    # torch puts its advice, which is about unsafe loading, before the reason.
+    reason = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
+    reason = reason.splitlines()[0][:120]
+    operand = re.fullmatch(r"Unsupported operand (\d+)", reason)
+    if operand is not None and int(operand[1]) in NEWER_INSTRUCTIONS and start[:1] in (b"P", b"\x80"):
+        return DinobenchError(
+            f"{path} was pickled by a protocol that torch does not read safely ({reason}), expected protocol 2 or a "
+            "safetensors file: load it where it was made and write it with torch.save's defaults"
+        )
     if start[:2] == b"PK" or _is_safetensors(path):
         return DinobenchError(
             f"{path} is truncated or damaged ({path.stat().st_size} bytes; {reason}): copy it again or take another one"

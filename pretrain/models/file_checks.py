@@ -1,7 +1,8 @@
 """What is checked around the reading of a checkpoint that somebody else made: before its pickle is read, and after.
 
-    before   the file is no web page, no Git LFS pointer and no zip that unpacks to more than it holds; its pickle
-             asks for nothing but tensors, plain values and argparse.Namespace (of which DINO and iBOT write one)
+    before   the file is no web page, no Git LFS pointer, no other format and no zip that unpacks to more than it holds;
+             its pickle asks for nothing but tensors, plain values, NumPy's numbers (see numpy_numbers) and
+             argparse.Namespace (DINO and iBOT write one)
     after    the tensors are not larger than the file they came from
 
 The pickle is listed with `pickletools`, which runs nothing.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import io
 import pickletools
+import struct
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import DinobenchError
+from pretrain.models.numpy_numbers import STAND_INS
 
 TORCH_MODULES = ("torch", "torch._utils", "torch._tensor", "torch.nn.parameter", "torch.serialization", "torch.storage")
 """Names of these modules are left to torch, whose unpickler knows which of them are harmless."""
@@ -30,10 +33,24 @@ HARMLESS = (
     "_codecs.encode",
     "builtins.set",
     "__builtin__.set",
+    *(name for _, name in STAND_INS),
 )
 """Not `bytearray`, which torch admits: bytearray(n) in a file of a hundred bytes takes n bytes of memory."""
-MAX_OPCODES = 2_000_000
+MAX_OPCODES = 1_000_000
 """Pickle instructions; a ViT-g with its optimiser has about 200 000."""
+MAX_DIRECTORY_BYTES = 2**24
+"""Of a zip's list of records, some 80 bytes each; listing a million of them takes a minute."""
+_OTHER_FORMATS = {
+    b"\x1f\x8b": ("compressed with gzip", "unpack it first"),
+    b"\x93NUMPY": ("a NumPy array", "save a network's state dict with torch.save"),
+    b"\x89HDF": ("an HDF5 file (Keras)", "convert it to a state dict of torch"),
+    b"{": ("JSON", "give the weights, or the index `*.safetensors.index.json` of a file in parts under its own name"),
+}
+"""First bytes -> what the file is and what to do."""
+_NAMES = [opcode.name for opcode in pickletools.opcodes]
+_PUTS = frozenset(name for name in _NAMES if name.endswith("PUT") or name == "MEMOIZE")
+_GETS = frozenset(name for name in _NAMES if name.endswith("GET"))
+_TEXTS = frozenset(name for name in _NAMES if "UNICODE" in name)
 LEGACY_PICKLES = 5
 """Before its tensors a file of the time before torch 1.6 holds: magic number, protocol, system, payload, keys."""
 
@@ -42,10 +59,11 @@ def check_start(path: Path) -> None:
     """Refuse what a failed download leaves behind.
 
     Raises:
-        DinobenchError: a web page or a Git LFS pointer.
+        DinobenchError: a web page, a Git LFS pointer or a file of another format.
     """
     with open(path, "rb") as file:
-        start = file.read(256).lstrip()
+        head = file.read(512)
+    start = head[:256].replace(b"\0", b"").lstrip(b"\xef\xbb\xbf\xff\xfe \t\r\n")
     if start.startswith(b"<"):
         raise DinobenchError(
             f"{path} is a web page ({path.stat().st_size} bytes, it begins with {_quoted(start)}), expected a torch or "
@@ -55,19 +73,37 @@ def check_start(path: Path) -> None:
         raise DinobenchError(
             f"{path} is a Git LFS pointer, expected a torch or safetensors file: run `git lfs pull` beside it"
         )
+    known = next((told for magic, told in _OTHER_FORMATS.items() if head.startswith(magic)), None)
+    if head[257:262] == b"ustar":
+        known = "a tar archive", "unpack it and give the file in it"
+    if known is not None:
+        raise DinobenchError(f"{path} is {known[0]}, expected a torch or safetensors file: {known[1]}")
 
 
 def check_zip(path: Path) -> None:
     """Refuse an archive that would unpack to more than the file holds; torch stores its records uncompressed.
 
     Raises:
-        DinobenchError: compressed or overlapping records.
+        DinobenchError: compressed or overlapping records, very many of them, or those of another kind of file.
     """
+    if (listed := _directory_bytes(path)) > MAX_DIRECTORY_BYTES:
+        raise DinobenchError(
+            f"{path} lists its records on {listed} bytes, expected {MAX_DIRECTORY_BYTES} at most: no network has so "
+            "many tensors. It is refused because such a file can keep a reader busy for minutes; take another one"
+        )
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError):
         return  # torch says what is wrong with it
+    names = [record.filename for record in records]
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise DinobenchError(
+            f"{path} is a TorchScript program, expected weights: save the state_dict of the module "
+            "(torch.save(torch.jit.load(path).state_dict(), new_path)) where you trust it"
+        )
+    if names and all(name.endswith(".npy") for name in names):
+        raise DinobenchError(f"{path} holds NumPy arrays (npz), expected a torch or safetensors file: save it as one")
     declared, size = sum(record.file_size for record in records), path.stat().st_size
     compressed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
     if compressed or declared > size:
@@ -123,6 +159,30 @@ def check_sizes(payload: Any, path: Path) -> None:
         )
 
 
+def _directory_bytes(path: Path) -> int:
+    """Bytes of the list of records of a zip, by the larger of what its ends say; 0 where there is none."""
+    end, locator, wide = b"PK\5\6", b"PK\6\7", b"PK\6\6"
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        file.seek(max(0, size - 2**16 - 100))
+        tail = file.read()
+        place = tail.rfind(end)
+        if place < 0 or len(tail) < place + 22:
+            return 0
+        found = [struct.unpack_from("<I", tail, place + 12)[0]]
+        if found[0] == 0xFFFFFFFF:  # a placeholder: the number is in the wide record
+            found = [0]
+        where = tail.rfind(locator, 0, place)
+        if 0 <= where == place - 20:
+            starts = (struct.unpack_from("<Q", tail, where + 8)[0], size - len(tail) + where - 56)
+            for start in starts:
+                if 0 <= start <= size - 56:
+                    file.seek(start)
+                    record = file.read(56)
+                    found += [struct.unpack_from("<Q", record, 40)[0]] if record.startswith(wide) else []
+    return max(found)
+
+
 def _tensors_in(payload: Any, path: Path) -> list[Tensor]:
     found: list[Tensor] = []
     seen: set[int] = set()
@@ -160,15 +220,16 @@ def _globals_in(file: BinaryIO | io.BytesIO, num_pickles: int, path: Path) -> se
             count += 1
             if count > MAX_OPCODES:
                 raise DinobenchError(f"{path} has more than {MAX_OPCODES} pickle instructions: no checkpoint has")
-            if opcode.endswith("PUT") or opcode == "MEMOIZE":
+            if opcode in _PUTS:
                 memo[len(memo) if argument is None else argument] = top
                 continue
-            top = str(argument) if "UNICODE" in opcode else memo.get(argument) if opcode.endswith("GET") else None
-            texts = texts if top is None else [*texts[-1:], top]
+            top = str(argument) if opcode in _TEXTS else memo.get(argument) if opcode in _GETS else None
+            if top is not None:
+                texts = [*texts[-1:], top]
             if opcode in ("GLOBAL", "INST"):
                 asked.add(str(argument).replace(" ", "."))
             elif opcode == "STACK_GLOBAL":
-                asked.add(".".join(texts))
+                asked.add(".".join(texts) if len(texts) == 2 else "a name that the file computes")
     return asked
 
 

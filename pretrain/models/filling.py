@@ -23,6 +23,10 @@ class Match:
     """Of these, left out because nothing depends on them."""
     misshapen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     """Name -> shape in the file, shape in the module. They count as missing."""
+    not_floats: dict[str, str]
+    """Name -> type in the file, where the module has floating point numbers. They count as missing."""
+    not_finite: list[str]
+    """Matched, with a NaN or infinite value."""
 
     @property
     def complete(self) -> bool:
@@ -39,7 +43,13 @@ class Match:
             f"; {part}.{name} has shape {found}, expected {wanted}"
             for name, (found, wanted) in list(self.misshapen.items())[:2]
         )
-        if self.misshapen or self.coverage < 50:
+        shapes += "".join(
+            f"; {part}.{name} is of type {found}, expected floating point numbers"
+            for name, found in list(self.not_floats.items())[:2]
+        )
+        if self.not_floats:
+            remedy = "give the file from before it was quantised"
+        elif self.misshapen or self.coverage < 50:
             remedy = "give the architecture it was trained with"
         elif self.missing and self.unexpected:
             remedy = "rename the unexpected tensors to the missing names if they are the same"
@@ -51,6 +61,13 @@ class Match:
             f"the {part} in {path} does not fit {architecture}: {len(self.matched)} tensors match "
             f"({self.coverage:.1f} %), missing {listed(self.missing)}, unexpected {listed(self.unexpected)}{shapes}. "
             f"{consequence}: {remedy}{way_around}"
+        )
+
+    def broken(self, path: Path) -> str:
+        """Why a file whose tensors all fit is refused for their values."""
+        return (
+            f"{path} holds values that are not finite in {len(self.not_finite)} of its {len(self.matched)} backbone "
+            f"tensors ({listed(self.not_finite)}): its training diverged; take an earlier checkpoint"
         )
 
 
@@ -74,15 +91,26 @@ def fill(
         for name, value in own.items()
         if name in given and given[name].shape != value.shape
     }
+    not_floats = {
+        name: str(given[name].dtype).removeprefix("torch.")
+        for name, value in own.items()
+        if name in given and value.is_floating_point() and not given[name].is_floating_point()
+    }
     missing = {name for name in own.keys() - given.keys() if not name.endswith("num_batches_tracked")}
-    matched = sorted((own.keys() & given.keys()) - misshapen.keys())
+    matched = sorted((own.keys() & given.keys()) - misshapen.keys() - not_floats.keys())
     module.load_state_dict({name: given[name] for name in matched}, strict=False)
     homeless = sorted(given.keys() - own.keys())
     dropped = [name for name in homeless if droppable is not None and droppable.search(name)]
     unexpected = [name for name in homeless if name not in dropped]
-    return Match(matched, sorted(missing | misshapen.keys()), unexpected, dropped, misshapen)
+    filled = module.state_dict()
+    not_finite = [name for name in matched if not bool(filled[name].isfinite().all())]
+    absent = sorted(missing | misshapen.keys() | not_floats.keys())
+    return Match(matched, absent, unexpected, dropped, misshapen, not_floats, not_finite)
 
 
 def listed(names: list[str]) -> str:
     """The first names and how many more."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "none"
+    if not names:
+        return "none"
+    shown = ", ".join(name if len(name) <= 100 else f"{name[:100]}..." for name in names[:4])
+    return shown + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from pretrain.errors import DinobenchError
-from pretrain.models.architectures import infer_model
+from pretrain.models.architectures import infer_model, unusual_depth
 from pretrain.models.foreign_heads import read_mlp, read_prototypes
 from pretrain.models.parts import Parts, Payload, Request
+from pretrain.models.patch_prototypes import PatchParts
 from pretrain.models.timm_names import NOT_OF_THE_FEATURES, State, TimmState, recognise, to_timm
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ class Found:
     """Whether plain prototypes are normalised before they are used."""
     activation: Literal["gelu", "relu"] = "gelu"
     temperature: float | None = None
+    patch: PatchParts | None = None
+    patch_state: State = field(default_factory=dict)
+    """Parameters `patch_head.*`."""
     facts: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -68,7 +72,7 @@ def _parts(found: Found, request: Request) -> Parts:
     model = request.model or infer_model(
         converted.kind, converted.state, rule=found.rule, num_heads=request.num_heads, heads=found.heads
     )
-    notes = [*found.notes, *converted.notes]
+    notes = [*found.notes, *converted.notes, *unusual_depth(model)]
     if prefix:
         notes.append(f"the backbone lies below {prefix} and nothing else is read")
     prototypes = read_prototypes(found.head, found.prototypes, cosine=found.cosine)
@@ -79,10 +83,11 @@ def _parts(found: Found, request: Request) -> Parts:
     return Parts(
         model=model,
         head=config,
-        state={**_prefixed("backbone.", converted.state), **_prefixed("head.", head_state)},
+        state={**_prefixed("backbone.", converted.state), **_prefixed("head.", head_state), **found.patch_state},
         temperature=found.temperature if prototypes is not None else None,
         facts={**facts, "network": found.network, "recipe_hash": None},
         prototypes=prototypes,
+        patch=found.patch,
         dropped=tuple(sorted(converted.dropped)),
         droppable=NOT_OF_THE_FEATURES,
         notes=tuple(notes),

@@ -3,7 +3,7 @@
 mlp.*, layers.*                  Linear [BatchNorm] activation ... Linear, counted as in an nn.Sequential
 fc1, bn1, fc2, bn2, fc3          the same in MSN
 last_layer.*, prototypes.*       prototypes: weight_g and weight_v, parametrizations.weight.original0 and 1, weight
-last_layer2.*                    prototypes of the patches (iBOT): not read
+last_layer2.*                    prototypes of the patches (iBOT), see patch_prototypes
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal
 from torch import Tensor
 
 from pretrain.models.heads import HeadConfig
-from pretrain.models.prototypes import PrototypeKind
+from pretrain.models.prototypes import PrototypeKind, Prototypes
 from pretrain.models.timm_names import State
 
 _MSN = {"fc1": 0, "bn1": 1, "fc2": 3, "bn2": 4, "fc3": 6}
@@ -40,6 +40,13 @@ class ForeignPrototypes:
         num, dim = self.state["weight_v" if self.kind == "weight_norm" else "weight"].shape
         return num, dim
 
+    def build(self) -> Prototypes:
+        """The prototypes alone, without the MLP before them."""
+        num, dim = self.shape
+        prototypes = Prototypes(dim, num, self.kind)
+        prototypes.load_state_dict(self.state)
+        return prototypes
+
 
 def read_prototypes(state: State, prefix: str, *, cosine: bool = False) -> ForeignPrototypes | None:
     """The prototypes below `prefix` in any of the three layouts; None where there are none.
@@ -51,7 +58,9 @@ def read_prototypes(state: State, prefix: str, *, cosine: bool = False) -> Forei
     """
     for names in _LAYOUTS:
         values = [state.get(prefix + name) for name in names]
-        if any(value is None or value.ndim != 2 for value in values):
+        if any(value is None or value.ndim != 2 or not value.shape[1] for value in values):
+            continue
+        if len({len(value) for value in values if value is not None}) > 1:
             continue
         if len(values) == 2:
             return ForeignPrototypes("weight_norm", dict(zip(_LAYOUTS[0], values, strict=True)))  # type: ignore[arg-type]
@@ -78,7 +87,9 @@ def read_mlp(
         linear = {int(number): mlp[f"mlp.{number}.weight"] for number in _numbers(mlp, 2)}
     num, bottleneck = prototypes.shape
     order = sorted(linear)
-    if not order or linear[order[-1]].shape[0] != bottleneck:
+    if not order or num < 2 or any(not all(weight.shape) for weight in linear.values()):
+        return None
+    if linear[order[-1]].shape[0] != bottleneck:
         return None
     statistics = sorted(int(name.split(".")[1]) for name in mlp if name.endswith("running_mean"))
     config = HeadConfig(

@@ -12,7 +12,8 @@ names become timm's (`timm_names`), the architecture is read off the shapes (`ar
     moco_v3      state_dict with `momentum_encoder.`      `momentum_encoder.` | `base_encoder.`
     swav         flat or state_dict with `prototypes.`    one network
     lightning    state_dict with a `backbone.`            `teacher_backbone.`, `momentum_backbone.` | the other one
-    plain        flat, state_dict, model, safetensors     `state_dict_ema`, `model_ema` | `state_dict`; or one network
+    plain        flat, state_dict, model, safetensors     `state_dict_ema`, `model_ema`, `ema` | `state_dict`; or one
+                 one state dict under any other key       network, and its key is told
 
 The wrappers `module.` (DDP) and `_orig_mod.` (torch.compile) are taken off, however many there are, and only where
 a name begins with them. A file with one network answers for the teacher.
@@ -22,13 +23,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.errors import DinobenchError
 from pretrain.models.checkpoint_file import SAFETENSORS
-from pretrain.models.foreign import Found, below, foreign, tensors
+from pretrain.models.foreign import Found, below, foreign, only_backbone, tensors
 from pretrain.models.parts import Layout, Network, Payload, Request
-from pretrain.models.timm_names import State
+from pretrain.models.patch_prototypes import PatchParts, find_foreign
+from pretrain.models.timm_names import State, recognise
 
 if TYPE_CHECKING:
     from pretrain.models.positions import Rule
@@ -47,13 +50,26 @@ def _dino(payload: Payload, request: Request) -> Found:
     if "dino_head.mlp.0.weight" in state or any(name.startswith("ibot_head.") for name in state):
         method = "dinov2"
     else:
-        method = "ibot" if "ibot_loss" in payload or "last_layer2.weight_v" in head else "dino"
-    temperature = STUDENT_TEMPERATURE
+        method = "ibot" if "ibot_loss" in payload or _first_prefix(head, ("last_layer2.",)) else "dino"
+    temperature = of_patches = STUDENT_TEMPERATURE
     if request.network == "teacher":
         temperature = _teacher_temperature(arguments, payload.get("epoch"))
-    notes = ("the prototypes of the patches (last_layer2) are not read",) if "last_layer2.weight_v" in head else ()
+        of_patches = _teacher_temperature(arguments, payload.get("epoch"), patch=True)
+    patch, patch_state = _patch_head(state, head, method, of_patches)
     facts = {"epoch": _number(payload.get("epoch")), "seed": _number(arguments.get("seed"))}
-    return Found(backbone, request.network, method, head=head, temperature=temperature, facts=facts, notes=notes)
+    return Found(
+        backbone, request.network, method, head=head, temperature=temperature, patch=patch, patch_state=patch_state,
+        facts=facts,
+    )  # fmt: skip
+
+
+def _patch_head(state: State, head: State, method: str, temperature: float | None) -> tuple[PatchParts | None, State]:
+    """The head of the patch tokens in DINO's family; iBOT and DINOv2 share that of the image unless they name it."""
+    if separate := below(state, "ibot_head."):
+        return find_foreign(separate, head, "last_layer.", temperature)
+    if _first_prefix(head, ("last_layer2.",)):
+        return find_foreign(head, head, "last_layer2.", temperature)
+    return (PatchParts("shared", temperature) if head and method != "dino" else None), {}
 
 
 def _msn(payload: Payload, request: Request) -> Found:
@@ -136,21 +152,44 @@ def _lightning(payload: Payload, request: Request) -> Found:
     return Found(below(state, prefix), network, "lightning", rule="timm", head=head, facts=facts)
 
 
-_STATES = ("state_dict_ema", "model_ema", "state_dict", "model")
+_AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema")
+_STATES = ("state_dict", "model")
 
 
 def _plain(payload: Payload, request: Request) -> Found:
-    ema = next((key for key in _STATES[:2] if tensors(payload.get(key))), None)
-    usual = next((key for key in _STATES[2:] if tensors(payload.get(key))), None)
+    ema = next((key for key in _AVERAGED if tensors(payload.get(key))), None)
+    usual = next((key for key in _STATES if tensors(payload.get(key))), None)
+    notes = ()
+    if ema is usual is None and not tensors(payload):
+        usual = _only_state(payload, request)
+        notes = (f"read from {usual}, its only state dict",)
     if ema is None:
         _only_one(request)
+    elif request.network == "student" and usual is None:
+        raise DinobenchError(f"{request.path} holds the averaged network ({ema}) only: ask for the teacher")
     key = ema if ema is not None and request.network == "teacher" else usual
     state = tensors(payload if key is None else payload[key])
     # timm and transformers keep positions by timm's rule; releases of DINO, iBOT and DINOv2 are flat torch files.
     official = key in (None, "state_dict") and not {"head.weight", "fc_norm.weight"} & state.keys()
     rule: Rule = "dino" if official and payload.get("format") != SAFETENSORS else "timm"
     facts = {"epoch": _number(payload.get("epoch"))}
-    return Found(state, request.network if ema else "single", "weights", rule=rule, facts=facts)
+    network = request.network if ema else "single"
+    return Found(state, network, "weights", rule=rule, facts=facts, notes=notes)
+
+
+def _only_state(payload: Payload, request: Request) -> str:
+    """The key of the one state dict in a file that names it as nobody else does."""
+    keys = [str(key) for key in _state_keys(payload)]
+    if len(keys) > 1:
+        raise DinobenchError(
+            f"{request.path} holds several state dicts ({', '.join(keys)}), expected one, or names that say which is "
+            "the teacher: save the one to measure alone in a new file"
+        )
+    return keys[0]
+
+
+def _state_keys(payload: Payload) -> list[Any]:
+    return [key for key, value in payload.items() if recognise(only_backbone(tensors(value), Path(str(key)))[0])]
 
 
 def _chosen(payload: Payload, request: Request, keys: dict[Network, str]) -> Any:
@@ -159,7 +198,8 @@ def _chosen(payload: Payload, request: Request, keys: dict[Network, str]) -> Any
     if not isinstance(payload.get(key), Mapping):
         there = [network for network, other in keys.items() if isinstance(payload.get(other), Mapping)]
         raise DinobenchError(
-            f"{request.path} holds no {request.network} ({key}), only the {' and '.join(there) or 'head'}: ask for that"
+            f"{request.path} holds no {request.network} ({key}), only the {' and '.join(there) or 'head'}: ask for "
+            f"that (--checkpoint-key {there[0] if there else 'teacher'})"
         )
     return payload[key]
 
@@ -177,15 +217,20 @@ def _arguments(payload: Payload) -> dict[str, Any]:
     return dict(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {}
 
 
-def _teacher_temperature(arguments: Mapping[str, Any], epoch: Any) -> float | None:
-    """tau_t of the last epoch before the file was written, which holds the number of the next one (DINOLoss)."""
-    final, start = arguments.get("teacher_temp"), arguments.get("warmup_teacher_temp")
+def _teacher_temperature(arguments: Mapping[str, Any], epoch: Any, *, patch: bool = False) -> float | None:
+    """tau_t of the last epoch before the file was written, which holds the number of the next one (DINOLoss, iBOTLoss).
+
+    That of the patches starts to rise when masking does.
+    """
+    name = "patch_temp" if patch else "temp"
+    final, start = arguments.get(f"teacher_{name}"), arguments.get(f"warmup_teacher_{name}")
     if not isinstance(final, (int, float)):
         return None
     warmup, last = _number(arguments.get("warmup_teacher_temp_epochs")) or 0, (_number(epoch) or 0) - 1
-    if not isinstance(start, (int, float)) or last < 0 or last >= warmup:
+    if not isinstance(start, (int, float)) or last < 0:
         return float(final)
-    return float(start + (final - start) * last / max(warmup - 1, 1))
+    risen = max(last - (_number(arguments.get("pred_start_epoch")) or 0 if patch else 0), 0)
+    return float(final if risen >= warmup else start + (final - start) * risen / max(warmup - 1, 1))
 
 
 def _number(value: Any) -> Any:
@@ -218,7 +263,9 @@ def _is_swav(payload: Payload) -> bool:
 
 
 def _is_plain(payload: Payload) -> bool:
-    return any(tensors(value) for value in (payload, *map(payload.get, _STATES)))
+    if any(tensors(value) for value in (payload, *map(payload.get, (*_AVERAGED, *_STATES)))):
+        return True
+    return bool(_state_keys(payload))
 
 
 FOREIGN: tuple[Layout, ...] = (

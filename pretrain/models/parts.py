@@ -13,6 +13,7 @@ from torch import Tensor
 from pretrain.models.backbones import ModelConfig
 from pretrain.models.foreign_heads import ForeignPrototypes
 from pretrain.models.heads import HeadConfig
+from pretrain.models.patch_prototypes import PatchParts
 
 Network = Literal["teacher", "student"]
 Payload = Mapping[str, Any]
@@ -37,11 +38,13 @@ class Parts:
     model: ModelConfig
     head: HeadConfig | None
     state: Mapping[str, Tensor]
-    """Keys `backbone.*` and `head.*`, named as the modules that `model` and `head` build."""
+    """Keys `backbone.*`, `head.*` and `patch_head.*`, named as the modules that `model`, `head` and `patch` build."""
     temperature: float | None
     facts: dict[str, Any] = field(default_factory=dict)
     prototypes: ForeignPrototypes | None = None
     """Where they can stand alone because the MLP before them is absent or does not fit."""
+    patch: PatchParts | None = None
+    """The head of the patch tokens."""
     dropped: tuple[str, ...] = ()
     """Parameters left out already because no feature depends on them."""
     droppable: re.Pattern[str] | None = None

@@ -125,10 +125,9 @@ def labelled_rows(train: Split, parameters: Parameters, context: Context) -> dic
         numbers = [max(1, round(percent / 100 * count)) for count in counts.tolist()]
         sizes[percent_name(percent)] = draw(train.labels, numbers, parameters.num_draws, context.seed)
     for name, files in parameters.lists.items():
-        path = getattr(train, "path", None)
-        if path is None:
+        if train.path is None:
             raise DinobenchError("lists of images need a data set of image files, these features have no paths")
-        sizes[name] = [read_list(file, path, train.labels, context.classes) for file in files]
+        sizes[name] = [read_list(file, train.path, train.labels, context.classes) for file in files]
     return sizes
 
 

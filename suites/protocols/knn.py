@@ -28,6 +28,7 @@ from suites.protocols.protocol import Context, Outcome, ProtocolParameters, Spli
 
 Weighting = Literal["dino", "dinov2"]
 NEEDS_LABELS = True
+STREAMS = True
 
 
 class Parameters(ProtocolParameters):

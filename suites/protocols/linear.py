@@ -166,7 +166,7 @@ def held_out_split(labels: Tensor, share: float, seed: int, fold: int = 0) -> tu
     if not held.any():
         counts = labels.bincount()
         if counts.max() < 2:
-            raise DinobenchError("the linear suite needs a class with two train images to select its learning rate")
+            raise DinobenchError("a part of train is held out, which needs a class with two train images: give more")
         held[(labels == counts.argmax()).nonzero().flatten()[0]] = True
     return (~held).nonzero().flatten(), held.nonzero().flatten()
 

@@ -41,6 +41,7 @@ from suites.protocols.linear import Classifiers, Standardiser, held_out_split, s
 from suites.protocols.protocol import Context, Outcome, ProtocolParameters, Split, sample_table
 
 NEEDS_LABELS = True
+STREAMS = True
 DINOV2_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 
 
@@ -112,7 +113,8 @@ def run(train: Split, test: Split, parameters: Parameters, context: Context) -> 
         trained = fit_heads(train, everything, [grid[number]], parameters, context)
         how = f"chosen among {len(grid)} on {len(held)} images of train, trained again on all of train"
     place = number if parameters.selection == "test" else 0
-    score = torch.cat([trained.logits(x.to(context.device))[:, place].cpu() for x in test.features.split(512)])
+    blocks = torch.arange(len(test)).split(512)
+    score = torch.cat([trained.logits(test.take(rows, context.device))[:, place].cpu() for rows in blocks])
     rank = rank_of(test.labels[:, None], score)
     correct = rank == 0
     chosen = grid[number]
@@ -163,7 +165,9 @@ def fit_heads(
     generator = torch.Generator().manual_seed(context.seed)
     initial = 0.01 * torch.randn(context.num_classes, split.features.shape[1], generator=generator)
     groups = [
-        _Group(source, [head.learning_rate for head in members], initial, split.features.dtype, parameters, context)
+        HeadGroup(
+            source, [head.learning_rate for head in members], initial, split.take(slice(0)).dtype, parameters, context
+        )
         for source, members in groupby(heads, key=lambda head: head.source)
     ]
     length = parameters.epoch_length or max(1, round(len(rows) / parameters.batch_size))
@@ -171,14 +175,14 @@ def fit_heads(
     batches = islice(_stream(rows, parameters.batch_size, generator), total)
     for iteration, chosen in enumerate(batches):
         # Gathered where the features lie, then moved: they need not fit on the device.
-        x, y = split.features[chosen].to(context.device), split.labels[chosen].to(context.device)
+        x, y = split.take(chosen, context.device), split.labels[chosen].to(context.device)
         decay = 0.5 + 0.5 * math.cos(math.pi * iteration / total)
         for group in groups:
             group.step(x, y, decay)
     return TrainedHeads([(group.source, group.classifiers) for group in groups])
 
 
-class _Group:
+class HeadGroup:
     """The heads of one input, R learning rates, with their momentum."""
 
     def __init__(
@@ -228,7 +232,7 @@ def evaluate(heads: TrainedHeads, split: Split, rows: Tensor, context: Context) 
     """Accuracy [H] and mean cross-entropy [H] of every head on the images `rows` of the split."""
     hits, losses = [], []
     for chosen in rows.split(512):
-        logits = heads.logits(split.features[chosen].to(context.device))
+        logits = heads.logits(split.take(chosen, context.device))
         label = split.labels[chosen].to(context.device)[:, None].expand(-1, logits.shape[1])
         hits.append((logits.argmax(2) == label).double().sum(0))
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), label.flatten(), reduction="none")

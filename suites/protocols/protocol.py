@@ -4,6 +4,9 @@ A protocol is a file of this folder with three names: `Parameters` (its pinned n
 `run(train, test, parameters, context) -> Outcome`. The file name is the protocol's name; nothing is registered.
 A protocol reads features and returns named scores; extracting, caching, tracking and printing happen elsewhere.
 
+Features come in float32 and in memory. A protocol that sets `STREAMS = True` gets those of a large set as they are
+kept, float16 and mapped into memory, and brings to float32 what it takes of them, block by block (`Split.take`).
+
 A benchmark that is more than labelled images (queries and a database, images at several sizes, videos) has a protocol
 that sets `READS_IMAGES = True`. It has `open_data(dataset, data, parameters) -> BenchmarkData` and
 `run(data, extractor, parameters, context) -> Outcome` with a suites.extractor.Extractor, which applies the frozen
@@ -13,16 +16,20 @@ may have `pixel_scores(data, parameters, context)` for the baseline raw_pixels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pandas as pd
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from suites.neighbours import Backend
 
 if TYPE_CHECKING:
+    from pretrain.data.images import ImageSet
+    from pretrain.data.transforms import EvalTransform
     from pretrain.models.checkpoint import LoadedModel
 
 
@@ -37,14 +44,21 @@ class Split:
     """Features of one split of a labelled data set."""
 
     features: Tensor
-    """[N, D] float32, as the backbone gave them (protocols normalise)."""
+    """[N, D] float32 (or float16, see the module), as the backbone gave them (protocols normalise)."""
     labels: Tensor
     """[N] int64; empty when the data set has no labels."""
     index: Tensor
     """[N] int64: number of the image in its data set."""
+    path: Callable[[int], str] | None = None
+    """Path of the image of a row, where the data set has files."""
 
     def __len__(self) -> int:
         return len(self.features)
+
+    def take(self, rows: Tensor | slice, device: str | torch.device = "cpu") -> Tensor:
+        """The features of these rows [n, D] on the device, in float32 where they are kept in float16."""
+        x = self.features[rows].to(device)
+        return x.float() if x.dtype == torch.float16 else x
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,10 @@ class Context:
     backend: Backend = "auto"
     model: LoadedModel | None = None
     """The network that made the features; None for a baseline without one (raw pixels, PCA)."""
+    train_images: ImageSet | None = None
+    """The images of train, for a protocol that needs other features of a few of them (patch tokens)."""
+    transform: EvalTransform | None = None
+    """What was done to them."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What the prototypes of a checkpoint's head do: utilisation, precision, class purity, and kNN accuracy by ||w||.
+"""What the prototypes of a checkpoint's heads do: utilisation, precision, class purity, and kNN accuracy by ||w||.
 
 Each image is assigned the prototype of highest logit of the evaluated network, without centring, at the teacher
 temperature tau of the checkpoint (or `temperature`): l_k = <w_k, z>/tau, plus log C_p(||w_k||/tau) for vMF heads.
@@ -8,6 +8,7 @@ Utilisation, over the n images of train (counts grow with n: compare them at equ
     usage_entropy       entropy in nats of the shares of the images   perplexity = exp of it, the headline
     assignment_entropy  mean entropy in nats of softmax_k l_k
     unique              prototypes in different directions, over a sweep of cosine distances; no image is involved
+    nearest_cosine      mean cosine of a prototype to its nearest other one; no image is involved
 Precision, kappa_k = ||w_k||/tau (DINO-vMF, section 3): quantiles over the prototypes.
 Purity: share of train images whose class is the majority class of their prototype; `top1` gives each test image the
 majority class of its prototype (a prototype without train images is always wrong).
@@ -16,29 +17,38 @@ the mutual information adjusted for chance: with thousands of prototypes, NMI is
 Accuracy of weighted kNN over the test images in percentile ranges of the ||w_k|| of their prototype (DINO-vMF,
 Figure 2); not applicable when all norms are equal. Images of equal norm keep the order of the data set.
 
+The head of the patch tokens (iBOT, DINOv2) has the same utilisation, unique and kappa under `patch_`, at its own
+temperature: counts are over a sample of patch tokens of train; what is of the weights is left out for a shared head,
+whose weights are the image head's.
+
 Shapes: N train images, M test images, D features, K prototypes, C classes.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
 from pretrain.errors import DinobenchError
+from pretrain.models.backbones import has_patch_tokens
+from pretrain.models.patch_prototypes import PatchPrototypes
 from pretrain.objectives import prototype_usage as usage
 from suites.agreement import agreement
 from suites.interval import bootstrap_interval
+from suites.patch_sample import sample_patch_tokens
 from suites.protocols import knn
 from suites.protocols.protocol import Context, Outcome, ProtocolParameters, Split, sample_table
+from suites.prototype_statistics import assign, precision, unique_directions, utilisation
 
 NEEDS_LABELS = False
 NEEDS_HEAD = True
-QUANTILES = {"min": 0.0, "q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95, "max": 1.0}
+STREAMS = True
 EQUAL_NORMS = 1e-4
 """Relative spread of the norms below which the prototypes count as normalised."""
 
@@ -53,12 +63,29 @@ class Parameters(ProtocolParameters):
     percentiles: tuple[float, ...] = (0, 20, 40, 60, 80, 100)
     k: int = 20
     knn_temperature: float = Field(default=0.07, gt=0)
+    patch_images: int = Field(default=256, ge=1)
+    """Train images at most whose patch tokens are drawn from."""
+    patch_tokens: int = Field(default=16384, ge=1)
+    """Patch tokens at most that are assigned."""
+
+    @model_serializer(mode="wrap")
+    def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The sample of patches came after version 1 and changed none of its scores: told only where set."""
+        values = handler(self)
+        for name in ("patch_images", "patch_tokens"):
+            if values[name] == type(self).model_fields[name].default:
+                del values[name]
+        return values
 
 
 def run(train: Split, test: Split, parameters: Parameters, context: Context) -> Outcome:
     """Assign train [N, D] and test [M, D] features to the prototypes of the checkpoint's head and count."""
     if context.model is None or context.model.head is None or context.model.prototypes is None:
-        raise DinobenchError("the prototypes suite needs a head with prototypes; this checkpoint has none")
+        alone = context.model is not None and context.model.prototypes is not None
+        raise DinobenchError(
+            "the prototypes suite needs a head with prototypes; this checkpoint has "
+            + ("prototypes without the MLP that leads to them: give the file with the whole head" if alone else "none")
+        )
     temperature = parameters.temperature or context.model.temperature
     if temperature is None:
         raise DinobenchError(
@@ -68,15 +95,9 @@ def run(train: Split, test: Split, parameters: Parameters, context: Context) -> 
     norms = vectors.norm(dim=1).cpu()
     assigned, entropy = assign(context.model.head, train.features, temperature, context.device)
     counts = usage.usage_counts(assigned, len(vectors))
-    scores, unique = _utilisation(vectors, counts, entropy, parameters)
-    quantiles = usage.kappa_quantiles(norms, temperature, tuple(QUANTILES.values())).tolist()
-    scores |= {f"kappa_{name}": value for name, value in zip(QUANTILES, quantiles, strict=True)}
-    per_prototype = {
-        "prototype": np.arange(len(vectors)),
-        "norm": norms.numpy(),
-        "kappa": usage.kappa(norms, temperature).numpy(),
-        "images": counts.numpy(),
-    }
+    directions, unique = unique_directions(vectors, parameters.thresholds, parameters.unique_threshold)
+    scores = utilisation(counts, entropy) | directions | precision(norms, temperature)
+    per_prototype = _per_prototype(norms, temperature) | {"images": counts.numpy()}
     tables = {"unique": unique}
     notes = [
         f"assigned at temperature {temperature:g}, {len(vectors)} prototypes; used, dead, entropies and purity are "
@@ -104,40 +125,73 @@ def run(train: Split, test: Split, parameters: Parameters, context: Context) -> 
     else:
         notes.append("purity and kNN by norm: not applicable, the data set has no labels")
     tables["prototypes"] = pd.DataFrame(per_prototype)
+    if context.model.patch is not None:
+        patch_scores, patch_tables, patch_notes = _patches(context.model.patch, parameters, context)
+        scores, tables, notes = scores | patch_scores, tables | patch_tables, notes + patch_notes
     interval = _perplexity_interval(assigned, scores["perplexity"], context.seed)
     return Outcome(scores, len(train), interval, samples, tables, notes)
 
 
-@torch.inference_mode()
-def assign(head: torch.nn.Module, features: Tensor, temperature: float, device: str) -> tuple[Tensor, Tensor]:
-    """Prototype [N] of each image and entropy [N] of its posterior, from features [N, D], on the CPU."""
-    assigned, entropies = [], []
-    for block in features.split(512):
-        z = head.project(block.to(device))  # type: ignore[operator]
-        log_posterior = head.logits(z, temperature).float().log_softmax(1)  # type: ignore[operator]
-        assigned.append(log_posterior.argmax(1).cpu())
-        entropies.append(-(log_posterior.exp() * log_posterior).sum(1).cpu())
-    return torch.cat(assigned), torch.cat(entropies)
+def _per_prototype(norms: Tensor, temperature: float | None) -> dict[str, np.ndarray]:
+    """Columns of the table of prototypes, from ||w_k|| [K]."""
+    columns = {"prototype": np.arange(len(norms)), "norm": norms.numpy()}
+    return columns if temperature is None else columns | {"kappa": usage.kappa(norms, temperature).numpy()}
 
 
-def _utilisation(
-    vectors: Tensor, counts: Tensor, entropy: Tensor, parameters: Parameters
-) -> tuple[dict[str, float], pd.DataFrame]:
-    thresholds = tuple(sorted({*parameters.thresholds, parameters.unique_threshold}))
-    unique = usage.unique_counts(vectors, thresholds)
-    used = int(usage.num_used(counts))
-    scores = {
-        "perplexity": usage.perplexity(counts).item(),
-        "usage_entropy": usage.usage_entropy(counts).item(),
-        "assignment_entropy": entropy.double().mean().item(),
-        "num_prototypes": float(len(vectors)),
-        "used": float(used),
-        "dead": float(len(vectors) - used),
-        "unique": float(unique[parameters.unique_threshold]),
-    }
-    table = pd.DataFrame({"cosine_distance": list(unique), "unique": list(unique.values())})
-    table["share"] = table["unique"] / len(vectors)
-    return scores, table
+def _patches(
+    patch: PatchPrototypes, parameters: Parameters, context: Context
+) -> tuple[dict[str, float], dict[str, pd.DataFrame], list[str]]:
+    """Scores, tables and notes of the head of the patch tokens, all named `patch_`."""
+    temperature = parameters.temperature or patch.temperature
+    vectors = patch.prototypes.to(context.device).vectors().detach().float()
+    norms = vectors.norm(dim=1).cpu()
+    scores: dict[str, float] = {}
+    tables: dict[str, pd.DataFrame] = {}
+    columns = _per_prototype(norms, temperature)
+    if patch.kind != "shared":
+        scores, tables["unique"] = unique_directions(vectors, parameters.thresholds, parameters.unique_threshold)
+        scores |= {} if temperature is None else precision(norms, temperature)
+    tokens = _patch_tokens(patch, temperature, parameters, context)
+    if isinstance(tokens, str):
+        notes = [f"patch head ({patch.kind}): {tokens}"]
+    else:
+        assert patch.head is not None and temperature is not None
+        assigned, entropy = assign(patch.head.to(context.device), tokens, temperature, context.device)
+        counts = usage.usage_counts(assigned, len(vectors))
+        scores |= utilisation(counts, entropy)
+        columns["tokens"] = counts.numpy()
+        notes = [
+            f"patch head ({patch.kind}): assigned at temperature {temperature:g}, counts are over n={len(tokens)} "
+            "patch tokens of train: compare at equal n only"
+        ]
+    tables["prototypes"] = pd.DataFrame(columns)
+    scores = {f"patch_{name}": value for name, value in scores.items()}
+    return scores, {f"patch_{name}": table for name, table in tables.items()}, notes
+
+
+def _patch_tokens(
+    patch: PatchPrototypes, temperature: float | None, parameters: Parameters, context: Context
+) -> Tensor | str:
+    """Patch tokens [M, D] of train, or why none are assigned."""
+    assert context.model is not None
+    images, transform = context.train_images, context.transform
+    if patch.head is None:
+        return "utilisation not applicable, the MLP that leads to its prototypes is not in the checkpoint"
+    if temperature is None:
+        return "utilisation not applicable, the checkpoint does not state its teacher temperature for patches"
+    if not has_patch_tokens(context.model.backbone):
+        return "utilisation not applicable, the backbone has no patch tokens"
+    if images is None or transform is None:
+        return "utilisation not measured, the images are not at hand, only features"
+    return sample_patch_tokens(
+        context.model,
+        images,
+        transform,
+        num_images=parameters.patch_images,
+        num_tokens=parameters.patch_tokens,
+        seed=context.seed,
+        device=context.device,
+    )
 
 
 def _purity(

@@ -12,9 +12,7 @@ Over m test images, x_i = z_i / ||z_i||:
     uniformity      log of the mean over pairs i < j of exp(-2 ||x_i - x_j||^2): 0 when all are one point, -4 when all
                     are orthogonal, lower is more uniform                         (Wang & Isola, ICML 2020, equation 2)
 
-Alignment, the other half of that paper, is the distance between two augmented views of an image. A suite sees each
-image once, and any pair that can be made of that (two images of a class, two halves of the features) measures something
-else, so it is left out; pretraining with SimCLR or BYOL logs it for its own views.
+Alignment, the other half of that paper, needs two views of an image: suites.protocols.alignment.
 
 RankMe grows with n until n is several times D: compare at equal n only. The paper takes the projector's output of up to
 25,600 images; here it is the suite's feature. The interval of rankme is the infinitesimal jackknife over images (first
@@ -89,7 +87,7 @@ def run(train: Split, test: Split, parameters: Parameters, context: Context) -> 
     notes = [
         f"rankme and effective_rank over n={len(z)} train images, uniformity over {len(x)} test images: compare at "
         "equal n only",
-        "alignment is left out: it needs two views of an image, a suite sees one",
+        "alignment needs two views of an image: see the suites named alignment",
     ]
     interval = (rank - spread, rank + spread)
     return Outcome(scores, len(z), interval, pd.DataFrame(samples), {"spectrum": table}, notes)

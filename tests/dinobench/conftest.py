@@ -120,7 +120,15 @@ class Measured:
         step = int(path.stem.removeprefix("step=")) if path.stem.startswith("step=") else 7
         facts = {"sha256": sha256(path), "method": "dino", "arch": "vits16", "step": step, "images_seen": 64 * step}
         facts |= {"epoch": 1, "seed": 0, "network": "teacher", "label": "dino-vits16-digits"}
-        facts |= {"matched": 1, "missing": [], "unexpected": [], "coverage": 100.0, "dropped": [], "notes": []}
+        facts |= {
+            "format": checkpoint_file.FORMAT,
+            "matched": 1,
+            "missing": [],
+            "unexpected": [],
+            "coverage": 100.0,
+            "dropped": [],
+            "notes": [],
+        }
         return LoadedModel(torch.nn.Identity(), None, None, "none", None, facts)
 
     def measure(self, suite: Any, model: LoadedModel, **options: Any) -> Measurement:

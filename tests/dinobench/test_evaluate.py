@@ -205,3 +205,24 @@ def test_a_long_feature_pass_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch)
 )
 def test_data_sets_have_names_that_fit_a_metric(name: str | None, short: str) -> None:
     assert module.dataset_name(name) == short
+
+
+def test_a_measurement_is_told_which_suites_come_after_it(
+    measured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that one pass over the images gives the features of all."""
+    told: list[tuple[str, list[str]]] = []
+
+    def measure(suite: Any, model: Any, **options: Any) -> Any:
+        told.append((suite.name, [other.name for other in options["beside"]]))
+        return measured.measure(suite, model, **options)
+
+    monkeypatch.setattr(suites.measure, "measure", measure)
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"weights")
+    three = [load_suite(name) for name in ("digits_knn", "digits_linear", "digits_clusters")]
+    settings = Evaluation(output=tmp_path / "runs")
+    evaluate(path, three[1:2], settings, silent)
+    evaluate(path, three, settings, silent)
+    assert told[0] == ("digits_linear", [])
+    assert told[1:] == [("digits_knn", ["digits_linear", "digits_clusters"]), ("digits_clusters", [])]

@@ -250,3 +250,52 @@ def test_what_a_kill_left_of_an_unfinished_database_is_made_anew(tmp_path: Path)
     store = tracking.connect(f"sqlite:///{file}")
     assert store.find_pretraining("none") is None
     assert file.exists() and not unfinished.exists()
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+class Mortal:
+    """An MLflow client that dies before its n-th change."""
+
+    changes = ("create_run", "log_batch", "log_inputs", "log_metric", "log_outputs", "set_tag", "set_terminated")
+
+    def __init__(self, client: Any, number: int):
+        self._client, self.left = client, number
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.changes:
+            self.left -= 1
+            if self.left < 0:
+                raise Killed
+        return getattr(self._client, name)
+
+
+@pytest.mark.slow
+def test_a_result_whose_logging_was_killed_anywhere_is_completed_and_not_doubled(
+    run: RunFolder, make_result: Callable[..., Result], uri: str, client: Any
+) -> None:
+    number, whole = 0, False
+    while not whole:
+        name = f"cut{number}"
+        facts = {**make_result().provenance, "sha256": f"{number:064}"}
+        result = make_result(dataset=name, provenance=facts)
+        store = tracking.connect(uri)
+        pretraining = mirror.open_pretraining(store, run)
+        store._client = Mortal(store._client, number)
+        try:
+            mirror.log_result(store, run, result, pretraining)
+            whole = True
+        except Killed:
+            mirror.log_result(tracking.connect(uri), run, result, pretraining)
+        logged = runs_of(client, f"dinobench/{name}-v1")
+        assert sorted(each.data.tags["dinobench.kind"] for each in logged) == 3 * ["baseline"] + ["checkpoint", "suite"]
+        assert {each.info.status for each in logged} == {"FINISHED"}, number
+        for each in [*logged, client.get_run(pretraining)]:
+            for key in each.data.metrics:
+                steps = [point.step for point in client.get_metric_history(each.info.run_id, key)]
+                assert len(steps) == len(set(steps)), (number, key)
+        assert client.get_metric_history(pretraining, f"knn/{name}_top1")
+        number += 1
+    assert number > 15

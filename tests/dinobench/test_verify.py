@@ -8,9 +8,11 @@ import pytest
 from dinobench import verify as module
 from dinobench.evaluate import Evaluation, evaluate
 from dinobench.files import read_json
+from dinobench.loading import Loading
 from dinobench.verify import Comparison, Options, Verdict, verify
 from pretrain.errors import DinobenchError
 from pretrain.models import checkpoint_file
+from pretrain.models.positions import PositionalViT
 from suites.cache import FeatureCache
 from suites.suite import load_suite
 
@@ -113,7 +115,7 @@ def test_features_from_the_cache_verify_the_protocol_only(true_result: Any, monk
         raise AssertionError("the features are in the cache")
 
     assert check(true_result, from_cache=True).holds  # fills it
-    monkeypatch.setattr("suites.features._forward", refuse)
+    monkeypatch.setattr(PositionalViT, "forward", refuse)
     verdict = check(true_result, from_cache=True)
     assert verdict.holds
     assert verdict.scope == "protocol only"
@@ -167,7 +169,7 @@ def test_a_result_of_a_partial_backbone_is_derived_from_the_same_part(true_resul
     payload = checkpoint_file.read(true_result.checkpoint)
     del payload["teacher"]["backbone.norm.weight"]
     checkpoint_file.save(true_result.checkpoint, payload)
-    settings = Evaluation(tmp_path / "partial", f"npz:{true_result.images}", "cpu", allow_partial=True)
+    settings = Evaluation(tmp_path / "partial", f"npz:{true_result.images}", "cpu", loading=Loading(allow_partial=True))
     evaluate(true_result.checkpoint, [load_suite("digits_knn")], settings, lambda text: None)
     (true_result.file,) = settings.output.glob("evals/*/*.json")
     assert read_json(true_result.file)["provenance"]["missing"] == ["norm.weight"]

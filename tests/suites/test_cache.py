@@ -3,6 +3,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from suites.cache import Entry, FeatureCache, content_key, default_folder
+from suites.rows import RowFile
 
 KEY = content_key(test="cache")
 
@@ -149,3 +151,50 @@ def test_entry_of_tensors_is_on_the_cpu_and_contiguous(cache: FeatureCache) -> N
     found = cache.read(KEY)
     assert found is not None
     assert torch.equal(found.tensors["features"], transposed)
+
+
+def writer(value: float, blocks: str) -> Callable[[Path, dict[str, str]], None]:
+    def write(path: Path, known: dict[str, str]) -> None:
+        with RowFile.create(path, 5, 2, torch.float32) as file:
+            file.write(0, torch.full((5, 2), value))
+            file.finish([], {"blocks": blocks, "before": known.get("blocks", "none")})
+
+    return write
+
+
+def must_not_write(path: Path, known: dict[str, str]) -> None:
+    raise AssertionError("written although it was in the cache")
+
+
+def test_a_written_entry_is_read_and_one_that_is_not_accepted_is_replaced(cache: FeatureCache) -> None:
+    first, second = cache.get_or_write(KEY, writer(1, "a")), cache.get_or_write(KEY, must_not_write)
+    assert first is not None and second is not None
+    assert (first.from_cache, second.from_cache) == (False, True)
+    assert first.metadata == second.metadata == {"blocks": "a", "before": "none"}
+    third = cache.get_or_write(KEY, writer(2, "b"), accept=lambda known: known["blocks"] == "b")
+    assert third is not None
+    assert third.metadata == {"blocks": "b", "before": "a"}
+    assert third.tensors["features"].sum() == 20
+    assert second.tensors["features"].sum() == 10  # who reads the old one keeps it
+
+
+def test_a_flipped_bit_in_a_written_entry_is_found(cache: FeatureCache) -> None:
+    cache.get_or_write(KEY, writer(1, "a"))
+    path = stored_file(cache)
+    content = bytearray(path.read_bytes())
+    content[-50] ^= 1
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match="checksum does not match"):
+        assert cache.get_or_write(KEY, writer(1, "a")) is not None
+
+
+def test_a_cache_that_cannot_be_written_gives_nothing_and_warns(
+    cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full_disk, raising=False)
+    with pytest.warns(UserWarning, match=r"could not be written .*No space left.*DINOBENCH_CACHE"):
+        assert cache.get_or_write(KEY, writer(1, "a")) is None
+    assert not [path for path in cache.folder.rglob("*") if path.is_file() and path.suffix != ".lock"]

@@ -1,22 +1,25 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
 from pretrain.data.datasets import open_dataset
-from pretrain.data.images import ImageSet
+from pretrain.data.images import ArraySource, ImageSet
 from pretrain.data.transforms import EvalTransform
 from pretrain.errors import DinobenchError, UsageError
 from pretrain.models.backbones import last_tokens
 from pretrain.models.checkpoint import LoadedModel
+from suites import features as extracting
 from suites.cache import FeatureCache
-from suites.features import default_workers, describe_feature, extract, feature_key, resolve_feature
+from suites.features import COMMON, describe_feature, extract, feature_key, resolve_feature
+from suites.rows import HEADER_BYTES
 from suites.suite import Feature, LastBlocks
 
 MakeImages = Callable[..., ImageSet]
@@ -81,16 +84,16 @@ def test_second_extraction_comes_from_the_cache_and_is_equal(
 def test_key_changes_with_everything_that_changes_features(
     model: LoadedModel, make_model: Callable[..., LoadedModel], make_images: MakeImages
 ) -> None:
-    images, plain = make_images(), None
+    images = make_images()
     other_rule = replace(model, provenance={**model.provenance, "model": {"pos_interpolation": "dino"}})
     keys = [
-        feature_key(model, images, TRANSFORM, plain, "fp32"),
-        feature_key(make_model(seed=1), images, TRANSFORM, plain, "fp32"),
-        feature_key(other_rule, images, TRANSFORM, plain, "fp32"),
-        feature_key(model, make_images(seed=1), TRANSFORM, plain, "fp32"),
-        feature_key(model, images, TRANSFORM.model_copy(update={"resize": 32}), plain, "fp32"),
-        feature_key(model, images, TRANSFORM, LastBlocks(last=2), "fp32"),
-        feature_key(model, images, TRANSFORM, plain, "bf16"),
+        feature_key(model, images, TRANSFORM, "fp32", tokens=True),
+        feature_key(make_model(seed=1), images, TRANSFORM, "fp32", tokens=True),
+        feature_key(other_rule, images, TRANSFORM, "fp32", tokens=True),
+        feature_key(model, make_images(seed=1), TRANSFORM, "fp32", tokens=True),
+        feature_key(model, images, TRANSFORM.model_copy(update={"resize": 32}), "fp32", tokens=True),
+        feature_key(model, images, TRANSFORM, "bf16", tokens=True),
+        feature_key(model, images, TRANSFORM, "fp32", tokens=False),
     ]
     assert len(set(keys)) == len(keys)
 
@@ -131,14 +134,6 @@ def test_unlabelled_images_have_features_and_no_labels(model: LoadedModel, make_
     assert len(features.split().labels) == 0
 
 
-def test_small_sets_are_decoded_without_worker_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    assert default_workers(100) == 0
-    assert default_workers(50_000) == 8
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
-    assert default_workers(50_000) == 0
-
-
 @pytest.mark.slow
 def test_worker_processes_give_the_same_features(model: LoadedModel, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -149,3 +144,159 @@ def test_worker_processes_give_the_same_features(model: LoadedModel, tmp_path: P
     images, transform = open_dataset(f"folder:{tmp_path}"), EvalTransform(resize=20, crop=16)
     alone, together = (extract(model, images, transform, batch_size=4, workers=n).cls for n in (0, 2))
     assert torch.equal(alone, together)
+
+
+WANTED: list[Feature] = [
+    "cls",
+    "dino",
+    "cls+avg",
+    LastBlocks(last=1),
+    LastBlocks(last=3),
+    LastBlocks(last=2, avgpool=True),
+    LastBlocks(last=4, avgpool=True),
+]
+
+
+class CountImages:
+    """Images that went through a network."""
+
+    def __init__(self, network: nn.Module):
+        self.number = 0
+        network.register_forward_hook(self._add)
+
+    def _add(self, network: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.number += len(inputs[0])
+
+
+@pytest.mark.parametrize(
+    "vit",
+    [{}, {"depth": 1}, {"depth": 6}, {"reg_tokens": 3}, {"init_values": 1e-5}, {"global_pool": "avg"}],
+    ids=lambda vit: str(vit or "plain"),
+)
+def test_columns_of_the_common_entry_equal_a_pass_of_their_own(
+    make_model: Callable[..., LoadedModel], make_images: MakeImages, cache: FeatureCache, vit: dict[str, object]
+) -> None:
+    kwargs = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, **vit}
+    model, images = make_model(kwargs=kwargs), make_images(20)
+    assert images.array is not None
+    alone = [extract(model, images, TRANSFORM, feature).cls for feature in WANTED]
+    counted = CountImages(model.backbone)
+    together = [extract(model, images, TRANSFORM, feature, cache=cache).cls for feature in WANTED]
+    assert all(torch.equal(*pair) for pair in zip(alone, together, strict=True))
+    with torch.inference_mode():
+        assert torch.equal(together[0], model.backbone(TRANSFORM.batch(images.array)))
+        x = TRANSFORM.batch(images.array)
+        for feature, found in zip(WANTED[3:], together[3:], strict=True):
+            assert isinstance(feature, LastBlocks)
+            layers = last_tokens(model.backbone, x, feature.last)
+            parts = [cls for cls, _ in layers] + [layers[-1][1].mean(1)] * feature.avgpool
+            torch.testing.assert_close(found, torch.cat(parts, 1), rtol=1e-5, atol=2e-6)
+    # A network whose pooled features are not its CLS token has an entry for them (its tokens are not read through
+    # the network's own forward pass); the direct call above is counted too.
+    assert counted.number == 40
+
+
+def test_network_without_tokens_is_passed_once(
+    make_model: Callable[..., LoadedModel], make_images: MakeImages, cache: FeatureCache
+) -> None:
+    model = make_model(name="resnet10t", kwargs={}, init="timm")
+    counted = CountImages(model.backbone)
+    features: list[Feature] = ["cls", "dino", LastBlocks()]
+    found = [extract(model, make_images(6), TRANSFORM, feature, cache=cache).cls for feature in features]
+    assert counted.number == 6
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    extract(model, make_images(6, seed=1), TRANSFORM, beside=["cls+avg", COMMON], cache=cache)  # told when asked for
+    with pytest.raises(UsageError, match="last 2 blocks need a ViT, found ResNet"):
+        extract(model, make_images(6), TRANSFORM, LastBlocks(last=2), cache=cache)
+
+
+def test_entry_too_large_for_the_cache_holds_what_is_asked_for_and_grows(
+    model: LoadedModel, make_images: MakeImages, tmp_path: Path
+) -> None:
+    images, block = make_images(), 60 * 16 * 4
+    cache = FeatureCache(tmp_path, max_bytes=4 * 2 * block)  # a quarter has room for 2 of the 3 columns
+    counted = CountImages(model.backbone)
+
+    def columns() -> int:
+        return (cache.size() - HEADER_BYTES) // block
+
+    extract(model, images, TRANSFORM, "cls", cache=cache)
+    assert (counted.number, columns()) == (60, 1)
+    pair = extract(model, images, TRANSFORM, LastBlocks(last=2), cache=cache).cls
+    assert (counted.number, columns()) == (120, 2)
+    extract(model, images, TRANSFORM, "cls+avg", cache=cache)
+    assert (counted.number, columns()) == (180, 3)  # with what the entry had before
+    assert torch.equal(extract(model, images, TRANSFORM, LastBlocks(last=2), cache=cache).cls, pair)
+    assert counted.number == 180
+
+
+def test_what_is_asked_for_next_is_taken_in(model: LoadedModel, make_images: MakeImages, tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, max_bytes=1)
+    counted = CountImages(model.backbone)
+    extract(model, make_images(), TRANSFORM, "cls", beside=("dino", COMMON), cache=cache)
+    for feature in ("dino", COMMON, "cls"):
+        assert extract(model, make_images(), TRANSFORM, feature, cache=cache).from_cache
+    assert counted.number == 60
+
+
+def test_large_sets_are_kept_in_half_precision_and_small_ones_are_not(
+    model: LoadedModel, make_images: MakeImages, cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = make_images()
+    exact = extract(model, images, TRANSFORM, "cls+avg", cache=cache)
+    assert (exact.cls.dtype, exact.metadata["stored"]) == (torch.float32, "float32")
+    monkeypatch.setattr(extracting, "HALF_BYTES", 60 * 16 * 4 - 1)
+    alone = extract(model, images, TRANSFORM, "cls+avg")
+    kept = extract(model, images, TRANSFORM, "cls+avg", cache=FeatureCache(cache.folder / "half"))
+    assert kept.metadata["stored"] == alone.metadata["stored"] == "float16"
+    assert torch.equal(kept.cls, alone.cls)
+    assert torch.equal(kept.cls, exact.cls.half())
+    assert (kept.split().features.dtype, kept.split(stored=True).features.dtype) == (torch.float32, torch.float16)
+    assert torch.equal(kept.split(stored=True).take(slice(3, 9)), kept.split().features[3:9])
+
+
+def test_features_too_large_for_half_precision_are_kept_in_float32(
+    model: LoadedModel, make_images: MakeImages, cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extracting, "HALF_BYTES", 0)
+    with torch.no_grad():
+        model.backbone.norm.weight.mul_(1e5)  # type: ignore[union-attr, operator]
+    alone, kept = (extract(model, make_images(), TRANSFORM, cache=place) for place in (None, cache))
+    assert alone.metadata["stored"] == kept.metadata["stored"] == "float32"
+    assert torch.equal(alone.cls, kept.cls)
+    assert kept.cls.abs().max() > 65504
+
+
+class Projection(nn.Module):
+    """Pixels [B, 3, 8, 8] -> [B, 64]."""
+
+    num_features = 64
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, 0].flatten(1)
+
+
+def own_bytes() -> int:
+    """Memory of this process that is its own: not that of files mapped into it."""
+    memory = psutil.Process().memory_info()
+    return memory.rss - memory.shared
+
+
+@pytest.mark.skipif(not psutil.LINUX, reason="the memory of mapped files is told apart on Linux only")
+def test_features_of_a_large_set_are_streamed(model: LoadedModel, cache: FeatureCache) -> None:
+    pixels = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8).expand(200_000, -1, -1, -1)  # no memory of their own
+    images = ImageSet("many", "train", "0" * 64, ArraySource(pixels))
+    large = replace(model, backbone=Projection())
+    transform = EvalTransform(resize=None, crop=None)
+    before, most = own_bytes(), 0
+
+    def watch(what: str, done: int, total: int) -> None:
+        nonlocal most
+        most = max(most, own_bytes() - before)
+
+    streamed = extract(large, images, transform, cache=cache, progress=watch)
+    assert (most, own_bytes() - before) < (12 * 2**20, 12 * 2**20)
+    assert cache.size() > 200_000 * 64 * 4
+    alone = extract(large, images, transform, progress=watch)
+    assert most > 40 * 2**20  # what the features take in memory, so that the bound above says something
+    assert torch.equal(streamed.cls, alone.cls)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pretrain.data.datasets import dataset_names
 from pretrain.errors import DinobenchError, UsageError
 from pretrain.models.checkpoint import LoadedModel
 from suites.cache import FeatureCache
@@ -16,6 +17,9 @@ from suites.measure import measure
 from suites.suite import Suite, load_suite, suite_names
 
 BENCHMARKS = [name for name in suite_names() if load_suite(name).reads_images]
+DATASETS = {info.name.partition(":")[0] for info in dataset_names()}
+OF_OWN_FILES = [name for name in BENCHMARKS if (load_suite(name).dataset.name or "").partition(":")[0] not in DATASETS]
+"""The others read the images of an ordinary data set."""
 COLOURS = {"r0": (250, 0, 0), "r1": (200, 10, 0), "g0": (0, 240, 0), "g1": (0, 200, 20)}
 
 
@@ -83,7 +87,7 @@ def test_a_headline_that_is_no_score_names_the_scores(benchmark_folder: Path, mo
         measure(suite(headline="top1"), model, data=f"folder:{benchmark_folder}", baselines=False)
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", OF_OWN_FILES)
 def test_absent_images_are_told_with_the_way_to_give_them(
     name: str, model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ class FakeStore:
 
     def __init__(self) -> None:
         self.logged: list[tuple[int, int, str | None]] = []
+        self.checkpoints: list[tuple[str, str]] = []
         self.connections, self.down = 0, False
 
     def connect(self, uri: str) -> FakeStore:
@@ -31,7 +32,9 @@ class FakeStore:
 
     def log_result(self, store: Any, run: RunFolder | None, result: Result, pretraining: str | None) -> None:
         assert store is self
-        self.logged.append((result.provenance["step"], result.provenance["images_seen"], pretraining))
+        facts = result.provenance
+        self.logged.append((facts["step"], facts["images_seen"], pretraining))
+        self.checkpoints.append((facts["sha256"], facts["arch"]))
 
 
 @pytest.fixture
@@ -77,6 +80,19 @@ def test_results_of_a_run_are_logged_at_their_step_also_those_of_an_evaluation_t
     key = f"run of {trained.state().key}"
     assert store.logged == [(20, 1280, key), (40, 2560, key)]
     assert store.connections == 1
+
+
+def test_the_student_is_another_checkpoint_and_no_point_of_the_curve(
+    measured: Any, store: FakeStore, trained: RunFolder
+) -> None:
+    for options in ([], ["--checkpoint-key", "student"]):
+        assert app.run(["eval", "--suite", "digits_knn", *options, str(trained.path)]) == 0
+    key = f"run of {trained.state().key}"
+    assert store.logged == [(20, 1280, key), (40, 2560, key), (20, 1280, None), (40, 2560, None)]
+    teacher, student = store.checkpoints[:2], store.checkpoints[2:]
+    assert student == [(f"{digest}-student", f"{arch} student") for digest, arch in teacher]
+    # what is synced and shown of the run is its teacher
+    assert len(list(trained.path.glob("evals/*/*.json"))) == len(list(trained.path.glob("student/evals/*/*.json"))) == 2
 
 
 def test_a_tracking_store_that_is_away_costs_one_warning_and_no_result(

@@ -9,6 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from pretrain.data.datasets import DataConfig, dataset_label, dataset_names, open_dataset
+from pretrain.data.torchvision_sets import SETS
 from pretrain.errors import DinobenchError, UsageError
 
 Write = Callable[..., Path]
@@ -90,5 +91,6 @@ def test_unknown_fields_are_refused() -> None:
 
 def test_the_catalogue_names_every_kind_of_dataset() -> None:
     infos = {info.name: info for info in dataset_names()}
-    assert set(infos) == {"digits", "fashion_mnist", "cifar10", "imagenet:/path", "folder:/path", "npz:/path"}
+    embedded = {"digits", "fashion_mnist", "cifar10"}
+    assert set(infos) == embedded | set(SETS) | {"imagenet:/path", "folder:/path", "npz:/path"}
     assert infos["digits"].available and infos["digits"].splits == ("train", "test")

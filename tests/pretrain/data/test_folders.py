@@ -63,6 +63,40 @@ def test_imagenet_needs_both_split_folders(write_images: Write) -> None:
         open_folder(root, "train", "imagenet", needs_splits=True)
 
 
+TRAIN = ["train/a/1.png", "train/b/2.png"]
+
+
+@pytest.mark.parametrize(
+    ("val", "told"),
+    [
+        (["val/3.png", "val/4.png"], r"all 2 images of val/ lie in no class folder \(first: val/3\.png\)"),
+        (["val/a/3.png", "val/4.png"], r"1 of 2 images of val/ lie in no class folder \(first: val/4\.png\)"),
+        (["val/images/3.png", "val/images/4.png"], r"val/ has 1 folders that train/ has not \(first: val/images/\)"),
+        (["val/a/3.png", "val/A/4.png"], r"val/ has 1 folders that train/ has not \(first: val/A/\)"),
+    ],
+    ids=["flat", "partly flat", "tiny-imagenet", "another class"],
+)
+def test_imagenet_without_class_folders_is_refused_with_what_to_move_where(
+    write_images: Write, val: list[str], told: str
+) -> None:
+    root = write_images("data", [*TRAIN, *val])
+    with pytest.raises(DinobenchError, match=rf"{told}.*move each image into .* like val/<class>/.*valprep\.sh"):
+        open_folder(root, "val", "imagenet", needs_splits=True)
+    # the images to train on are there all the same
+    assert len(open_folder(root, "train", "imagenet", needs_splits=True)) == 2
+
+
+def test_imagenet_with_flat_training_images_is_refused_too(write_images: Write) -> None:
+    root = write_images("data", ["train/1.png", "val/a/2.png"])
+    with pytest.raises(DinobenchError, match="all 1 images of train/ lie in no class folder"):
+        open_folder(root, "train", "imagenet", needs_splits=True)
+
+
+def test_imagenet_may_lack_a_class_in_val(write_images: Write) -> None:
+    root = write_images("data", [*TRAIN, "val/b/3.png"])
+    assert open_folder(root, "val", "imagenet", needs_splits=True).labels.tolist() == [1]
+
+
 def test_a_folder_without_images_says_what_is_expected(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(DinobenchError, match="holds no images; expected <split>/<class>/<image>"):

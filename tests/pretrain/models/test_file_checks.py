@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import struct
 import time
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,6 +34,9 @@ def _within_seconds() -> Iterator[None]:
     [
         (b"<!DOCTYPE html><html><body>404</body></html>", r"is a web page.*'<!DOCTYPE html>.*curl -L"),
         (b"\n <HTML>Sign in</HTML>", r"is a web page"),
+        (b"\xef\xbb\xbf<html>", r"is a web page"),
+        ("<html>".encode("utf-16"), r"is a web page"),
+        (b'<?xml version="1.0"?><Error>AccessDenied</Error>', r"is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", r"Git LFS pointer.*git lfs pull"),
     ],
 )
@@ -41,6 +46,79 @@ def test_failed_download_is_told_as_such(tmp_path: Path, content: bytes, told: s
         with pytest.raises(DinobenchError, match=told) as caught:
             read(tmp_path / name)
         assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"\x1f\x8b\x08\0rest", r"compressed with gzip.*unpack it first"),
+        (b"\x93NUMPY\x01\0", r"is a NumPy array.*state dict"),
+        (b'{"error": "not found"}', r"is JSON.*index"),
+        (b"a.pth".ljust(257, b"\0") + b"ustar\x0000", r"is a tar archive.*unpack it"),
+        (b"\xff\xd8\xff\xe0 JFIF", r"is not a checkpoint \(9 bytes"),
+    ],
+)
+def test_files_of_other_formats_are_told_as_such(tmp_path: Path, content: bytes, told: str) -> None:
+    (tmp_path / "a.pth").write_bytes(content)
+    with pytest.raises(DinobenchError, match=told) as caught:
+        read(tmp_path / "a.pth")
+    assert caught.value.exit_code == 3
+
+
+def test_zips_of_other_programs_are_told_as_such(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "a.npz", weights=np.zeros(3))
+    with pytest.raises(DinobenchError, match=r"holds NumPy arrays \(npz\)"):
+        read(tmp_path / "a.npz")
+    program = zipfile.ZipFile(tmp_path / "a.pt", "w")
+    with program:
+        for name in ("data.pkl", "constants.pkl", "code/__torch__.py"):
+            program.writestr(f"a/{name}", b"")
+    with pytest.raises(DinobenchError, match=r"TorchScript program.*state_dict of the module"):
+        read(tmp_path / "a.pt")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.pth")
+    for path in (tmp_path / "a.pth", Path(os.devnull)):
+        with pytest.raises(DinobenchError, match="is a device or a pipe"):
+            read(path)
+
+
+def many_records(path: Path, number: int, wide: bool) -> None:
+    """A zip whose list has this many records, all of one empty entry."""
+    entry = struct.pack("<4s5H3I2H", b"PK\3\4", 20, 0, 0, 0, 0, 0, 0, 0, 8, 0) + b"arc/data"
+    record = struct.pack("<4s6H3I5H2I", b"PK\1\2", 20, 20, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0) + b"arc/data"
+    listed = len(record) * number
+    end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, number & 0xFFFF, number & 0xFFFF, listed, len(entry), 0)
+    if wide:
+        place = len(entry) + listed
+        end = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, number, number, listed, len(entry))
+        end += struct.pack("<4sIQI", b"PK\6\7", 0, place, 1)
+        end += struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    path.write_bytes(entry + record * number + end)
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["zip", "zip64"])
+def test_zip_with_a_million_records_is_refused_before_it_is_listed(tmp_path: Path, wide: bool) -> None:
+    many_records(tmp_path / "a.pt", 1_000_000, wide)
+    started = time.monotonic()
+    with pytest.raises(DinobenchError, match=r"lists its records on 54000000 bytes.*busy for minutes"):
+        read(tmp_path / "a.pt")
+    assert time.monotonic() - started < 2
+
+
+def test_every_zip_of_torch_tells_the_size_of_its_list(tmp_path: Path) -> None:
+    torch.save({str(number): torch.zeros(1) for number in range(300)}, tmp_path / "a.pt")
+    assert 300 * 50 < file_checks._directory_bytes(tmp_path / "a.pt") < 300 * 200
+    (tmp_path / "b.pt").write_bytes(b"no zip")
+    assert file_checks._directory_bytes(tmp_path / "b.pt") == 0
+
+
+def test_newer_pickle_protocol_is_told_as_such(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(2)}, tmp_path / "a.pt", pickle_protocol=4)
+    with pytest.raises(DinobenchError, match="pickled by a protocol that torch does not read safely"):
+        read(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize("part", [0.2, 0.9])

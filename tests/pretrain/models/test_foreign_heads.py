@@ -88,7 +88,9 @@ def test_prototypes_without_the_mlp_are_read_alone(golden: Golden, tmp_path: Pat
     assert model.head is None and model.prototypes is not None
     expected = alone["last_layer.weight_g"] * F.normalize(alone["last_layer.weight_v"], dim=1)
     torch.testing.assert_close(model.prototypes.vectors(), expected)
-    assert "last_layer2" in model.report()
+    assert model.patch is not None and model.patch.head is None
+    own = alone["last_layer2.weight_g"] * F.normalize(alone["last_layer2.weight_v"], dim=1)
+    torch.testing.assert_close(model.patch.prototypes.vectors(), own)
 
 
 def msn_head(norm: bool) -> nn.Sequential:

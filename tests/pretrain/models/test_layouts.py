@@ -56,7 +56,11 @@ VIT_FILES: dict[str, tuple[str, Callable[[State, State], dict[str, Any]]]] = {
         lambda teacher, student: {
             "student": under("module.backbone.", student) | {"module.head.mlp.0.bias": torch.zeros(2)},
             "teacher": under("backbone.", teacher) | {"head.mlp.0.bias": torch.zeros(2)},
-            "optimizer": {"state": {}, "param_groups": []},
+            # The official loop takes both from arrays, so they are numpy.float64.
+            "optimizer": {
+                "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2)}},
+                "param_groups": [{"lr": np.linspace(0, 1, 4)[1], "weight_decay": np.float64(0.04), "params": [0]}],
+            },
             "epoch": 12,
             "args": argparse.Namespace(arch="vit_small", patch_size=16),
             "dino_loss": {"center": torch.zeros(1, 4)},
@@ -158,9 +162,16 @@ VIT_FILES: dict[str, tuple[str, Callable[[State, State], dict[str, Any]]]] = {
             "model": teacher | {"head.weight": torch.zeros(10, 48), "head.bias": torch.zeros(10)}
         },
     ),
+    "averaged alone": ("plain", lambda teacher, student: {"ema": teacher, "model": student}),
+    "half": ("plain", lambda teacher, student: {name: value.bfloat16() for name, value in teacher.items()}),
+    "key of its own": ("plain", lambda teacher, student: {"net": under("backbone.", teacher), "best": 3}),
+    "backbone inside a name": ("dino", lambda teacher, student: {"teacher": under("backbone_module.", teacher)}),
     "unknown prefix": ("plain", lambda teacher, student: {"model": under("net._orig_mod.encoder.", teacher)}),
 }
-HAS_STUDENT = {"dino", "dino wrapped twice", "ibot", "msn", "moco_v3", "capi", "lightly", "solo", "timm"}
+HAS_STUDENT = {
+    "dino", "dino wrapped twice", "ibot", "msn", "moco_v3", "capi", "lightly", "solo", "timm", "averaged alone"
+}  # fmt: skip
+NAMED_TEACHER = HAS_STUDENT | {"dinov2 eval dump", "backbone inside a name"}
 
 
 @pytest.mark.parametrize("name", VIT_FILES)
@@ -172,9 +183,13 @@ def test_golden_dino_vit_in_every_layout(golden: Golden, tmp_path: Path, name: s
     torch.save(make(teacher, other(teacher)), path)
     model = load(path, num_heads=3)
     complete(model)
-    close(model, torch.from_numpy(g["32x32.x"]), torch.from_numpy(g["32x32.forward"]))
+    if name == "half":
+        stored = {key: value.float() for key, value in make(teacher, teacher).items()}
+        assert all(torch.equal(value, stored[key]) for key, value in model.backbone.state_dict().items())
+    else:
+        close(model, torch.from_numpy(g["32x32.x"]), torch.from_numpy(g["32x32.forward"]))
     assert model.provenance["format"] == layout
-    assert model.provenance["network"] == ("teacher" if name in HAS_STUDENT | {"dinov2 eval dump"} else "single")
+    assert model.provenance["network"] == ("teacher" if name in NAMED_TEACHER else "single")
     if name in HAS_STUDENT:
         student = load(path, network="student", num_heads=3)
         complete(student)

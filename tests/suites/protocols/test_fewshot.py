@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,15 +116,13 @@ def test_ridge_equals_scikit_learn(make_split: MakeSplit, shots: int) -> None:
     np.testing.assert_allclose(scores, oracle.decision_function(queries), atol=1e-8)
 
 
-@dataclass(frozen=True)
-class WithPaths(Split):
-    """A split of image files."""
-
-    def path(self, number: int) -> str:
-        return f"train/c{int(self.labels[number])}/c{int(self.labels[number])}_{number}.JPEG"
+def of_files(split: Split) -> Split:
+    """The split as if of image files."""
+    return replace(split, path=lambda row: f"train/c{int(split.labels[row])}/c{int(split.labels[row])}_{row}.JPEG")
 
 
-def write_lists(folder: Path, split: WithPaths, number: int) -> tuple[Path, ...]:
+def write_lists(folder: Path, split: Split, number: int) -> tuple[Path, ...]:
+    assert split.path is not None
     rows = fewshot.draw(split.labels, [4, 4, 4], number, seed=8)
     for i, chosen in enumerate(rows):
         names = (split.path(int(row)).rsplit("/", 1)[-1] for row in chosen)
@@ -134,8 +132,7 @@ def write_lists(folder: Path, split: WithPaths, number: int) -> tuple[Path, ...]
 
 @pytest.mark.parametrize("classifier", ["nearest_mean", "logistic", "ridge"])
 def test_lists_score_the_images_they_name(make_split: MakeSplit, tmp_path: Path, classifier: str) -> None:
-    plain, test = make_split(spread=1), make_split(seed=1, spread=1)
-    train = WithPaths(plain.features, plain.labels, plain.index)
+    train, test = of_files(make_split(spread=1)), make_split(seed=1, spread=1)
     files = write_lists(tmp_path, train, 3)
     parameters = fewshot.Parameters(shots=(), lists={"shot4": files}, classifier=classifier)
     outcome = fewshot.run(train, test, parameters, Context(3, ("c0", "c1", "c2")))
@@ -146,8 +143,7 @@ def test_lists_score_the_images_they_name(make_split: MakeSplit, tmp_path: Path,
 
 
 def test_one_list_has_no_spread(make_split: MakeSplit, tmp_path: Path) -> None:
-    plain = make_split()
-    train = WithPaths(plain.features, plain.labels, plain.index)
+    train = of_files(make_split())
     parameters = fewshot.Parameters(shots=(), lists={"percent1": write_lists(tmp_path, train, 1)})
     assert list(fewshot.run(train, make_split(seed=1), parameters, Context(3)).scores) == ["percent1"]
 

@@ -11,6 +11,7 @@ from pretrain.errors import DinobenchError, UsageError
 from pretrain.models.backbones import last_tokens
 from pretrain.models.checkpoint import LoadedModel
 from suites.features import extract
+from suites.measure import measure
 from suites.protocols import linear_sweep
 from suites.protocols.linear_sweep import Head, Input, Parameters, fit_heads
 from suites.protocols.protocol import Context, Split
@@ -128,6 +129,17 @@ def test_a_backbone_with_fewer_blocks_gives_all_it_has(model: LoadedModel) -> No
     assert [(source.num_blocks, source.avgpool) for source in inputs] == [(1, False), (1, True), (2, False), (2, True)]
     outcome = linear_sweep.run(wide(), wide(seed=1), SHORT.model_copy(update={"num_blocks": (1, 4)}), context)
     assert any("have 2 block(s), the grid asks for [1, 4]" in note for note in outcome.notes)
+
+
+def test_a_sweep_of_52_heads_sees_every_image_once(model: LoadedModel) -> None:
+    suite = load_suite("digits_linear_sweep")
+    suite = suite.model_copy(update={"parameters": {**suite.parameters, "epochs": 1}})
+    seen: list[int] = []
+    hook = model.backbone.get_submodule("patch_embed").register_forward_hook(lambda *call: seen.append(len(call[2])))
+    found = measure(suite, model, baselines=False)
+    hook.remove()
+    assert len(found.tables["heads"]) == 52
+    assert sum(seen) == sum(part["n"] for part in found.receipt["dataset"].values())
 
 
 def test_another_feature_is_refused_with_the_right_one(model: LoadedModel) -> None:

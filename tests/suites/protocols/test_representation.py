@@ -127,6 +127,6 @@ def test_collapsed_features_have_no_rank_and_do_not_crash(value: float) -> None:
     assert all(math.isfinite(bound) for bound in outcome.interval)
 
 
-def test_why_there_is_no_alignment_is_said() -> None:
+def test_where_alignment_is_to_be_found_is_said() -> None:
     notes = representation.run(gaussian(30, 4), gaussian(30, 4), PARAMETERS, Context(0)).notes
-    assert any("alignment is left out" in note for note in notes)
+    assert any("alignment needs two views" in note for note in notes)
