@@ -37,6 +37,7 @@ def scores() -> dict[str, set[str]]:
         "retrieval": {"map", "map_easy", "map_medium", "map_hard"},
         "copy_detection": {"map"},
         "label_propagation": {"jf", "j_mean", "f_mean"},
+        "linear_augmented": {"top1", "held_out_top1"},
     }
     for record in RecordStore(ROOT / "results").all():
         for suite, result in record.content["results"].items():
