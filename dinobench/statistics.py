@@ -70,6 +70,17 @@ def spread(scores: Sequence[float]) -> float | None:
     return float(np.std(scores, ddof=1)) if len(scores) > 1 else None
 
 
+def difference_margin(scores: Sequence[float], confidence: float = CONFIDENCE) -> float | None:
+    """How far two trainings that differ by the seed lie apart, judged by some of them; None for fewer than 2.
+
+    Half the width of Student's t interval of a difference of two draws, t sd sqrt(2).
+    """
+    deviation = spread(scores)
+    if deviation is None:
+        return None
+    return float(stats.t.ppf((1 + confidence) / 2, len(scores) - 1) * deviation * np.sqrt(2))
+
+
 def paired_t(
     differences: ArrayLike, confidence: float = CONFIDENCE
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:

@@ -3,25 +3,28 @@
 Which one, the hash of the commit decides: over many commits all of them have their turn. The trained numbers are
 compared score by score:
 
-    accuracy and NMI (headlines of kNN, linear, few-shot, clusters)   2 points, or 3 standard deviations over the seeds
-                                                                      of the same recipe where they vary more
+    accuracy and NMI (headlines of kNN, linear, few-shot, clusters)   2 points, or how far two seeds of the recipe lie
+                                                                      apart in 99 % of cases where that is more
 On one machine with the same versions a training repeats itself exactly; on another, rounding sends it elsewhere after
-some hundred steps, as another seed would.
+some hundred steps, as another seed would. So only recipes of at least 5 recorded seeds are trained again: fewer do not
+say how far another one may go.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from dinobench import statistics
+from dinobench.statistics import MIN_SEEDS
 from dinobench.tables.cells import Cell, Cells
 from dinobench.tables.records import Record, RecordStore
 from dinobench.tables.worker import Workplace, run_cell
 from pretrain.errors import DinobenchError
 
 POINTS = 2.0
-DEVIATIONS = 3.0
+CONFIDENCE = 0.99
 COMPARED = ("knn", "linear", "fewshot", "clusters")
 """Protocols whose headline is a score in percent."""
 
@@ -44,15 +47,17 @@ def choose(cells: Cells, store: RecordStore, commit: str) -> Cell:
     """The recorded training that a commit stands for.
 
     Raises:
-        DinobenchError: `commit` is no hash, or nothing is recorded.
+        DinobenchError: `commit` is no hash, or no recipe is recorded under enough seeds.
     """
-    done = sorted((cell for cell in cells.all if not cell.released and store.is_done(cell)), key=lambda c: c.key)
     try:
         number = int(commit, 16)
     except ValueError as error:
         raise DinobenchError(f"{commit!r} is not the hash of a commit: expected hexadecimal digits") from error
+    own = [cell for cell in cells.all if not cell.released and store.is_done(cell)]
+    seeds = Counter(_recipe(cell) for cell in own)
+    done = sorted((cell for cell in own if seeds[_recipe(cell)] >= MIN_SEEDS), key=lambda c: c.key)
     if not done:
-        raise DinobenchError(f"no training of these tables is recorded below {store.root}")
+        raise DinobenchError(f"no training of these tables is recorded below {store.root} under {MIN_SEEDS} seeds")
     return done[number % len(done)]
 
 
@@ -88,8 +93,11 @@ def _headlines(record: Record) -> list[tuple[str, str]]:
 
 def _allowed(cell: Cell, cells: Cells, store: RecordStore, suite: str, headline: str) -> float:
     """From the seeds of the same recipe."""
-    same = [c for c in cells.all if (c.label, c.name, c.overrides) == (cell.label, cell.name, cell.overrides)]
-    records = [record for c in same if (record := store.find(c)) is not None]
+    records = [record for c in cells.all if _recipe(c) == _recipe(cell) and (record := store.find(c)) is not None]
     scores = [score for record in records if (score := record.score(suite, headline)) is not None]
-    deviation = statistics.spread(scores) if len(scores) > 2 else None
-    return max(POINTS, DEVIATIONS * deviation) if deviation is not None else POINTS
+    return max(POINTS, statistics.difference_margin(scores, CONFIDENCE) or 0.0)
+
+
+def _recipe(cell: Cell) -> tuple[object, ...]:
+    """What cells that differ by the seed alone have in common."""
+    return cell.label, cell.name, cell.overrides

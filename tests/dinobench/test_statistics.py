@@ -244,3 +244,10 @@ def test_bold_is_judged_over_all_pairs_of_the_table() -> None:
     assert may_be_bold({"knn": close}) == {"knn": "a"}
     noise = {name: {s: float(x) for s, x in enumerate(generator.normal(90, 1, 5))} for name in "abcdefgh"}
     assert may_be_bold({"knn": close, "other": noise}) == {}
+
+
+def test_two_seeds_lie_no_further_apart_than_the_margin_as_often_as_said() -> None:
+    draws = np.random.default_rng(0).normal(90, 2, (4000, 7))
+    margins = np.array([statistics.difference_margin(list(row), 0.95) for row in draws[:, :5]])
+    assert (np.abs(draws[:, 5] - draws[:, 6]) <= margins).mean() == pytest.approx(0.95, abs=0.01)
+    assert statistics.difference_margin([90.0]) is None
