@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from dinobench import train
 from dinobench.evaluate import Evaluation, Failure, evaluate
-from dinobench.files import make_folder, read_json, write_json
+from dinobench.files import make_folder, write_json
 from dinobench.reporter import Reporter
 from dinobench.results import Result
 from dinobench.runs import RunFolder, find_run
@@ -42,8 +42,6 @@ CURVES = (
 )
 CURVE_POINTS = 25
 """A record keeps about so many points of a curve."""
-CELL_FILE = ".cell.json"
-"""Hidden: a folder with other files is no empty run folder."""
 SHARED_RECEIPT = ("code", "dataset", "device", "feature", "packages", "precision", "seed", "transform")
 
 
@@ -107,26 +105,44 @@ def _trained(cell: Cell, place: Workplace, say: Callable[[str], None]) -> tuple[
         raise Interrupted(summary.state.note)
     checkpoint = summary.run.kept_checkpoints()[-1]
     results = _measure(checkpoint, cell, place, say)
+    if place.track:
+        _show(summary.run, place, say)
     beside = time.monotonic() - started - summary.state.seconds if summary.trained else None
     return _record(cell, results, summary.run, beside), _baselines(results)
+
+
+def _show(run: RunFolder, place: Workplace, say: Callable[[str], None]) -> None:
+    """Bring MLflow up to date; that it cannot be reached takes nothing from the cell."""
+    from dinobench import mirror, tracking
+
+    try:
+        mirror.sync(run, tracking.tracking_uri(place.output))
+    except tracking.TrackingUnavailable as error:
+        say(f"{run.name}: not logged to MLflow ({error}); `dinobench runs sync {run.path}` logs it later")
 
 
 def _released(cell: Cell, place: Workplace, say: Callable[[str], None]) -> tuple[dict[str, Any], dict[str, Any]]:
     assert cell.checkpoint is not None
     results = _measure(cell.checkpoint, cell, place, say)
+    if place.track:
+        from dinobench import mirror, tracking
+
+        try:
+            mirror.sync_checkpoints(place.output, tracking.tracking_uri(place.output))
+        except tracking.TrackingUnavailable as error:
+            say(f"{cell.weights}: not logged to MLflow ({error})")
     return _record(cell, results, None, None), _baselines(results)
 
 
 def _other_cell(recipe: Recipe, place: Workplace, cell: Cell) -> bool:
     """Whether the run folder of this recipe was made for another cell: other images, or another version of the code."""
     run = find_run(recipe, place.output)
-    file = run.path / CELL_FILE
-    return run.exists and file.is_file() and read_json(file)["key"] != cell.key
+    return run.exists and run.cell() not in (None, cell.key)
 
 
 def _mark(run: RunFolder, cell: Cell) -> None:
     """Say in the run folder which cell it is made for."""
-    write_json(run.path / CELL_FILE, {"key": cell.key})
+    write_json(run.cell_file, {"key": cell.key})
 
 
 def _measure(checkpoint: Path, cell: Cell, place: Workplace, say: Callable[[str], None]) -> list[Result]:
