@@ -75,7 +75,7 @@ def suite_description(result: Result) -> str:
     low_high = (
         f", 95 % interval {number(result.interval[0])} to {number(result.interval[1])}" if result.interval else ""
     )
-    rows = [f"| {name} | {number(value)} |" for name, value in result.scores.items()]
+    rows = [f"| {name} | {'-' if value is None else f'{value:.4g}'} |" for name, value in result.scores.items()]
     head = f"{result.suite}: {result.headline} **{number(result.score)}** on {result.n} images{low_high}"
     notes = [f"- {note}" for note in result.notes]
     return "\n".join([head, "", "| score | value |", "|---|---|", *rows, "", *notes, "Receipt: `result.json`"])

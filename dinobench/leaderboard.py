@@ -11,9 +11,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from dinobench.addresses import as_unavailable
+from dinobench.addresses import as_unavailable, run_page
 from dinobench.journal import Point
-from dinobench.tracking import PREFIX, Store
+from dinobench.tracking import DIGEST_DIGITS, PREFIX, SOURCE, Store
 
 DECIMALS = 3
 """Of a score: the model table shows a number in full."""
@@ -55,7 +55,7 @@ class Entry:
     def about(self) -> str:
         """Description of the experiment; its first line is all that a visitor sees."""
         return (
-            f"{self.dataset}, suites of version {self.version}: one run per checkpoint, accuracies in percent (0-100). "
+            f"{self.dataset}, suites of version {self.version}: one run per checkpoint, accuracies in percent.\n\n"
             "Models is the score table, Chart the bars; raw pixels, PCA and random init are baselines. "
             "Below each checkpoint: its suites, with all scores and tables."
         )
@@ -99,7 +99,7 @@ class _Board:
         if found := self.store.find(self.experiment, tags):
             return found.info.run_id
         tags |= entry.tags | ({"pretrain_run_id": self.pretraining} if self.pretraining else {})
-        return self._create(entry.name, entry.params, tags, entry.description)
+        return self._create(entry.name, entry.params, tags, self._description())
 
     def _suite_run(self, parent: str) -> None:
         entry, client = self.entry, self.store.client
@@ -114,7 +114,7 @@ class _Board:
         model = self._logged_model(parent)
         if entry.headline not in client.get_run(parent).data.metrics:  # a kill may have come after it
             client.log_batch(parent, metrics=[self._score(entry.headline, parent, model)])
-        self.store.describe(parent, entry.description)
+        self.store.describe(parent, self._description())
         self.store.log_texts(run_id, entry.files)
         if entry.recipe:
             self.store.log_texts(parent, {"config/recipe.yaml": entry.recipe})
@@ -131,6 +131,14 @@ class _Board:
         self.store.client.log_metric(run_id, self.entry.headline, round(score, DECIMALS), step=0)
         self._close(run_id)
 
+    def _description(self) -> str:
+        """That of the entry, with a link to the training."""
+        if not self.pretraining:
+            return self.entry.description
+        training = self.store.client.get_run(self.pretraining).info
+        page = run_page("", training.experiment_id, training.run_id).lstrip("/")
+        return f"{self.entry.description}\n\nPretraining: [{training.run_name}]({page})"
+
     def _create(self, name: str, params: dict[str, str], tags: dict[str, str], text: str) -> str:
         run_id = self.store.create(self.experiment, name, params, tags, text)
         self.store.log_dataset(run_id, self.entry.dataset, self.entry.dataset_digest, "eval")
@@ -142,7 +150,9 @@ class _Board:
 
     def _score(self, key: str, run_id: str, model: str | None = None) -> Any:
         entry = self.entry
-        dataset = {"dataset_name": entry.dataset, "dataset_digest": entry.dataset_digest[:36]} if model else {}
+        dataset = (
+            {"dataset_name": entry.dataset, "dataset_digest": entry.dataset_digest[:DIGEST_DIGITS]} if model else {}
+        )
         now = int(time.time() * 1000)
         value = round(entry.metrics[key], DECIMALS)
         return self.store.entities.Metric(key, value, now, 0, model_id=model, run_id=run_id, **dataset)
@@ -157,7 +167,7 @@ class _Board:
             else store.mlflow.create_external_model(
                 name=entry.name.replace("/", "-"),
                 source_run_id=self.pretraining or parent,
-                tags={"checkpoint.sha256": entry.checkpoint, **entry.tags},
+                tags={"checkpoint.sha256": entry.checkpoint, "mlflow.source.name": SOURCE, **entry.tags},
                 params=entry.params,
                 model_type="ssl-backbone",
                 experiment_id=self.experiment,

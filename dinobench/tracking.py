@@ -52,8 +52,9 @@ PREFIX = "dinobench/"
 PRETRAIN_EXPERIMENT = f"{PREFIX}pretrain"
 TABLE_EXPERIMENT = f"{PREFIX}tables"
 PRETRAIN_TEXT = (
-    "One run per pretraining: curves by step (losses, health, prototypes), and the scores of its checkpoints in "
-    "percent at their step. The experiments dinobench/<data set>-v<N> compare the checkpoints."
+    "One run per pretraining: curves by step, and the scores of its checkpoints in percent.\n\n"
+    "Chart has a section for losses, one for health, one per suite. The experiments dinobench/<data set>-v<N> compare "
+    "the checkpoints."
 )
 DEFAULTS = {
     # mlflow prints a link to stdout, which belongs to results
@@ -64,6 +65,10 @@ DEFAULTS = {
 }
 BATCH = 1000
 """Most metrics MLflow takes in one call."""
+SOURCE = "dinobench"
+"""What MLflow shows as the program; it would take the path of the interpreter's script."""
+DIGEST_DIGITS = 12
+"""Of a data set's fingerprint: pages show it in full, beside the name. The whole one is in the receipt."""
 LOCK_SECONDS = 60.0
 LONGEST_TEXT = 8000
 """Characters of a description; MLflow cuts it without a word."""
@@ -173,7 +178,7 @@ class Store:
         """Fill the Dataset column of a run."""
         entities = self.entities
         dataset = entities.Dataset(
-            name=name, digest=digest[:36], source_type="dinobench", source=f'{{"name": "{name}"}}'
+            name=name, digest=digest[:DIGEST_DIGITS], source_type="dinobench", source=f'{{"name": "{name}"}}'
         )
         tag = entities.InputTag("mlflow.data.context", context)
         with as_unavailable(self.uri):
@@ -274,7 +279,8 @@ class Store:
         began: float | None = None,
     ) -> str:
         """A new run; gives its id."""
-        tags = {**tags, "mlflow.note.content": text[:LONGEST_TEXT], "mlflow.source.name": "dinobench"}
+        tags = {key: value for key, value in tags.items() if value != ""}
+        tags |= {"mlflow.note.content": text[:LONGEST_TEXT], "mlflow.source.name": SOURCE}
         start = round(began * 1000) if began else None
         run_id = self.client.create_run(experiment, start_time=start, tags=tags, run_name=name).info.run_id
         self.client.log_batch(run_id, params=[self.entities.Param(key, value) for key, value in params.items()])

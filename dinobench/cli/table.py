@@ -12,6 +12,7 @@ import typer
 if TYPE_CHECKING:
     from dinobench.reporter import Reporter
     from dinobench.tables.cells import Cells
+    from dinobench.tables.contents import Contents
     from dinobench.tables.definition import Table
     from dinobench.tables.plan import Plan
     from dinobench.tables.records import RecordStore
@@ -65,7 +66,7 @@ def run_tables(
         typer.Option(help="YAML file of released weights, `name: path`; default: checkpoints.yaml, if any."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    track: Annotated[bool, typer.Option("--track/--no-track", help="Log the runs to MLflow.")] = False,
+    track: Annotated[bool, typer.Option("--track/--no-track", help="Log runs and tables to MLflow.")] = False,
     definitions: Annotated[Path | None, typer.Option(help="Folder of tables in place of those shipped.")] = None,
     retrain: Annotated[
         str | None,
@@ -108,7 +109,7 @@ def run_tables(
     outcome = _run(plan, place, workers, executor, slurm or [], reporter) if run else Outcome()
     if outcome is None:
         return
-    _write(every, chosen, cells, RecordStore(records), records / "tables", reporter, as_json)
+    _write(every, chosen, cells, RecordStore(records), place, reporter, as_json)
     if run:
         _conclude(plan, outcome, reporter)
 
@@ -147,7 +148,7 @@ def _write(
     chosen: list[Table],
     cells: Cells,
     store: RecordStore,
-    folder: Path,
+    place: Workplace,
     reporter: Reporter,
     as_json: bool,
 ) -> None:
@@ -158,6 +159,7 @@ def _write(
     from dinobench.tables.writing import write_table
     from pretrain.errors import CheckFailed
 
+    folder = place.records / "tables"
     names = {table.name for table in chosen}
     filled = [fill(table, cells, store) for table in every]
     shown = [contents for contents in filled if contents.table.name in names and contents.lines]
@@ -169,8 +171,24 @@ def _write(
         rows = [[c.table.name, f"{c.num_records} of {c.num_wanted}", _outside(c.outside)] for c in shown]
         print_table(str(folder / cells.scale), ["table", "records", "out of tolerance"], rows)
     reporter.say(f"{len(written)} files written, the others are as they were")
+    if place.track:
+        _show(shown, cells, place, folder / cells.scale, reporter)
     if outside := [f"{c.table.name}: {where}" for c in shown for where in c.outside]:
         raise CheckFailed(f"out of tolerance: {'; '.join(outside)}")
+
+
+def _show(tables: list[Contents], cells: Cells, place: Workplace, folder: Path, reporter: Reporter) -> None:
+    """Log the tables to MLflow and say where; that it cannot be reached takes nothing from them."""
+    from dinobench import tracking
+    from dinobench.cli.links import say_links
+    from dinobench.tables.overview import log_tables
+
+    uri = tracking.tracking_uri(place.output)
+    try:
+        pages = log_tables(tracking.connect(uri), tables, cells, folder)
+    except tracking.TrackingUnavailable as error:
+        return reporter.warn(f"not logged to MLflow: {error}; the tables are in {folder} all the same")
+    say_links(pages, uri, place.output, reporter.say)
 
 
 def _conclude(plan: Plan, outcome: Outcome, reporter: Reporter) -> None:
