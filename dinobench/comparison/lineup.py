@@ -17,6 +17,8 @@ from pretrain.training.recipe import PLUMBING, recipe_hash
 Align = Literal["step", "images", "last"]
 MAX_DIFFERENCES = 2
 """Differing keys of a recipe that make a readable name."""
+NAMED = 3
+"""Candidates that a message names; more are counted."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,8 @@ def _align(suite: str, having: list[int], candidates: Sequence[Candidate], align
     if align != "last" and runs:
         shared = set.intersection(*({position(at) for at in measured[k]} for k in runs))
         if not shared:
-            found = "; ".join(
-                f"{candidates[k].source.name}: {', '.join(str(position(at)) for at in measured[k])}" for k in runs
+            found = _who_has_what(
+                {candidates[k].source.name: ", ".join(str(position(at)) for at in measured[k]) for k in runs}
             )
             what = "number of images seen" if align == "images" else "training step"
             other = "step" if align == "images" else "images"
@@ -127,6 +129,17 @@ def _align(suite: str, having: list[int], candidates: Sequence[Candidate], align
         for k in runs:
             chosen[k] = next(at for at in reversed(measured[k]) if position(at) == max(shared))
     return [Place(k, at, at.scores[suite]) for k, at in chosen.items()]
+
+
+def _who_has_what(positions: dict[str, str]) -> str:
+    """Name -> where it was measured, as text; of many names with the same places the first are named."""
+    names: dict[str, list[str]] = {}
+    for name, where in positions.items():
+        names.setdefault(where, []).append(name)
+    return "; ".join(
+        f"{', '.join(own[:NAMED])}{f' and {len(own) - NAMED} more' if len(own) > NAMED else ''}: {where}"
+        for where, own in names.items()
+    )
 
 
 def _refuse_other_data(suite: str, places: Sequence[Place], candidates: Sequence[Candidate]) -> None:

@@ -25,6 +25,7 @@ from suites.interval import mean_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 METRICS = ("loss/total", "health/target_entropy", "health/feature_std", "prototypes/used")
 """Training metrics that are drawn beside the headlines."""
@@ -73,9 +74,17 @@ def draw_curves(lineup: Lineup) -> Drawing | None:
         axes.title.set_fontsize("small")
     for axes in figure.axes[len(panels) :]:
         axes.set_axis_off()
-    figure.axes[0].legend(fontsize="small")
+    _legend_below(figure)
     plots.set_title(figure, "Mean over seeds; the band is one standard deviation to either side")
     return Drawing("compare_curves", figure, {"panels": numbers})
+
+
+def _legend_below(figure: Figure) -> None:
+    """One legend for all panels, under them; the figure grows by its lines, so that the panels keep their height."""
+    lines = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
+    columns = 2 * int(figure.get_figwidth() // 4)
+    figure.set_figheight(figure.get_figheight() + 0.22 * -(-len(lines) // columns))
+    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=columns, fontsize="small")
 
 
 def mean_and_spread(curves: Sequence[Points]) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:

@@ -44,6 +44,13 @@ def test_no_common_step_says_what_to_do(measurer: Any) -> None:
         line_up(runs, "images")
 
 
+def test_of_many_runs_the_message_names_a_few(measurer: Any) -> None:
+    runs = [read_run(measurer.run("dino", seed, 90.0, steps=(20,))) for seed in range(5)]
+    runs.append(read_run(measurer.run("dino_vmf", 0, 90.0, steps=(30,))))
+    with pytest.raises(DinobenchError, match=r"and 2 more: 20; \S*dino_vmf\S*: 30\)"):
+        line_up(runs)
+
+
 def test_a_named_checkpoint_is_taken_as_it_is(measurer: Any) -> None:
     run = measurer.run("dino", 0, 90.0)
     early = Candidate(run.path, "dino", 0, {}, read_run(run).checkpoints[:1], named=True)
