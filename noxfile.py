@@ -58,6 +58,11 @@ def _python(session: nox.Session, *arguments: str) -> None:
     session.run(sys.executable if HERE else "python", *arguments, external=HERE)
 
 
+def _dinobench(session: nox.Session, *arguments: str) -> None:
+    """Run the console script, as a user does; by its path where the environment is not nox's own."""
+    session.run(str(Path(sys.executable).with_name("dinobench")) if HERE else "dinobench", *arguments, external=HERE)
+
+
 @nox.session(venv_backend=BACKEND)
 def lint(session: nox.Session) -> None:
     """Formatting, lint rules, and the three floors (imports only point down)."""
@@ -95,6 +100,21 @@ def bench(session: nox.Session) -> None:
     """Cost of our methods beside DINO; against the official code with `-- --reference DIR` (see `-- --help`)."""
     _install_project(session)
     _python(session, "tests/bench/run.py", *session.posargs)
+
+
+@nox.session(venv_backend=BACKEND, default=False)
+def reproduce_tables(session: nox.Session) -> None:
+    """Train what the papers' tables lack and write them; `-- --dry-run` lists it, `-- --only dino_table7`."""
+    _install_project(session)
+    _dinobench(session, "table", *session.posargs)
+
+
+@nox.session(venv_backend=BACKEND, default=False)
+def retrain_one_cell(session: nox.Session) -> None:
+    """Train one committed cell again, chosen by the commit (or by `-- COMMIT`), and compare it with its record."""
+    _install_project(session)
+    commit = session.run("git", "rev-parse", *(session.posargs or ["HEAD"]), external=True, silent=True)
+    _dinobench(session, "table", "--retrain", str(commit).strip())
 
 
 def _running_pins(folder: Path) -> Path:

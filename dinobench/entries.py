@@ -7,12 +7,16 @@ artifact.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from dinobench.leaderboard import Entry
+from dinobench.loading import loading_of
 from dinobench.results import Result
 from dinobench.runs import RunFolder
-from dinobench.tracking import Entry
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PARAMETERS = {
     "method": "method.name",
@@ -66,6 +70,17 @@ def score_table(results: Sequence[Result]) -> str:
     return "\n".join(rows)
 
 
+def suite_description(result: Result) -> str:
+    """Markdown: every score of a suite, how sure the headline is, and what a reader should know."""
+    low_high = (
+        f", 95 % interval {number(result.interval[0])} to {number(result.interval[1])}" if result.interval else ""
+    )
+    rows = [f"| {name} | {'-' if value is None else f'{value:.4g}'} |" for name, value in result.scores.items()]
+    head = f"{result.suite}: {result.headline} **{number(result.score)}** on {result.n} images{low_high}"
+    notes = [f"- {note}" for note in result.notes]
+    return "\n".join([head, "", "| score | value |", "|---|---|", *rows, "", *notes, "Receipt: `result.json`"])
+
+
 def number(value: float | None) -> str:
     """A score with one decimal, or three where one would show next to nothing of it; a dash where there is none."""
     if value is None or math.isnan(value):
@@ -73,8 +88,30 @@ def number(value: float | None) -> str:
     return f"{value:.3f}" if 0 < abs(value) < 1 else f"{value:.1f}"
 
 
-def result_entry(result: Result, siblings: Sequence[Result], recipe: dict[str, Any] | None) -> Entry:
-    """A result as MLflow gets it; `siblings` are the results of the same checkpoint, for its description."""
+def as_its_own(result: Result) -> Result:
+    """Another network of a file is another checkpoint to MLflow, which tells them by their hashes."""
+    label = loading_of(result).label
+    if not label:
+        return result
+    facts = result.provenance
+    changed = {"sha256": f"{facts['sha256']}-{label}", "arch": f"{facts.get('arch')} {label}"}
+    return result.model_copy(update={"provenance": {**facts, **changed}})
+
+
+def result_entry(
+    result: Result,
+    siblings: Sequence[Result],
+    recipe: dict[str, Any] | None,
+    tables: Mapping[str, pd.DataFrame] | None = None,
+) -> Entry:
+    """A result as MLflow gets it.
+
+    Args:
+        siblings: the results of the same checkpoint, for its description.
+        recipe: of the pretraining, where it is known.
+        tables: the tables of the suite, by name.
+    """
+    files = {f"tables/{name}.csv": table.to_csv(index=False) for name, table in (tables or {}).items()}
     facts = result.provenance
     method = str(facts.get("method") or "model")
     arch = str(facts.get("arch") or facts.get("label") or "")
@@ -107,6 +144,8 @@ def result_entry(result: Result, siblings: Sequence[Result], recipe: dict[str, A
             for name, label in BASELINES.items()
             if (score := result.baseline(name)) is not None
         },
+        summary=suite_description(result),
+        files={"result.json": result.model_dump_json(indent=1), **files},
     )
 
 

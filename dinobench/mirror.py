@@ -1,25 +1,28 @@
 """Keeps MLflow in step with a run folder, from a thread of its own: training neither waits for it nor fails with it.
 
 metrics.jsonl and evals/ are the truth, so the mirror keeps no journal of its own: when the store cannot be reached it
-says so once, loudly, and drops what comes; `dinobench runs sync RUN` logs what is missing, and nothing twice.
+says so once, loudly, and drops what comes; `dinobench runs sync` logs what is missing, and nothing twice.
 """
 
 from __future__ import annotations
 
 import contextlib
 import queue
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dinobench import tracking
-from dinobench.entries import recipe_parameters, result_entry, row_label, run_description, run_name
+from dinobench import leaderboard, tracking
+from dinobench.entries import as_its_own, recipe_parameters, result_entry, row_label, run_description, run_name
 from dinobench.journal import Point
+from dinobench.loading import loading_of
 from dinobench.results import Result, ResultStore
 from dinobench.runs import RunFolder, describe_status
 from dinobench.tracking import Store, TrackingUnavailable
+from pretrain.errors import DinobenchError
 
 FLUSH_POINTS = 50
 FLUSH_SECONDS = 10.0
@@ -27,6 +30,12 @@ CAPACITY = 10_000
 """Most items that wait for the store; what comes on top is dropped here and replayed from metrics.jsonl at the end."""
 MLFLOW_STATUS = {"finished": "FINISHED", "interrupted": "KILLED", "killed": "KILLED", "running": "RUNNING"}
 """Any other status of ours is FAILED."""
+CELL_TAG = "dinobench.cell"
+"""On a pretraining: the cell of a table that it was made for."""
+FOLDER_TAG, HOST_TAG = "run.folder", "run.host"
+"""Where the truth about a pretraining lies; a path says nothing on another machine."""
+LARGEST_TABLE = 100_000
+"""Rows of a table that is copied to MLflow; larger ones stay beside the result."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +119,7 @@ class Mirror:
             run_id = open_pretraining(store, self.run)
             known = store.logged(run_id)
             store.log_points(run_id, self.run.journal.read(), known)
-            self.links = store.links("")
+            self.links = pages(store, run_id)
             self._connected.set()
             self._serve(store, run_id, known)
         except Exception as error:  # whatever it is, the training goes on
@@ -137,13 +146,13 @@ class Mirror:
                 store.log_points(run_id, waiting, known)
                 waiting, flushed = [], time.monotonic()
             if isinstance(item, Result):
-                log_result(store, self.run, item, run_id)
+                log_result(store, self.run.path, item, self.run)
             elif isinstance(item, _Finish):
-                close_pretraining(store, self.run, run_id, item.status)
+                close_pretraining(store, run_id, item.status)
             elif item is None:
                 store.describe(run_id, run_description(self.run, ResultStore(self.run.path).all()))
                 store.log_files(run_id, sorted(self.run.figures.glob("*.png")), "figures")
-                self.links = store.links("")
+                self.links = pages(store, run_id)
                 return
 
     def _replay(self) -> None:
@@ -154,8 +163,12 @@ class Mirror:
             self.failure = str(error) or type(error).__name__
 
 
-def open_pretraining(store: Store, run: RunFolder) -> str:
-    """The MLflow run of a run folder, made on the first call and continued on a later one."""
+def open_pretraining(store: Store, run: RunFolder, *, live: bool = True) -> str:
+    """The MLflow run of a run folder, made on the first call and continued on a later one.
+
+    Args:
+        live: whether it trains now; else one that is closed stays closed.
+    """
     recipe = run.recipe()
     params = recipe_parameters(recipe)
     arch = run.name.removeprefix(f"{params['method']}-").partition("-s")[0]
@@ -164,12 +177,16 @@ def open_pretraining(store: Store, run: RunFolder) -> str:
         "method": params["method"],
         "row": row,
         "data.train": params.get("train_data", ""),
-        "run.folder": str(run.path.absolute()),
+        FOLDER_TAG: str(run.path.absolute()),
+        HOST_TAG: socket.gethostname(),
     }
+    if cell := run.cell():
+        tags[CELL_TAG] = cell
     key = run.state().key
     new = store.find_pretraining(key) is None
     name = run_name(row or params["method"], params.get("seed", 0), arch)
-    run_id = store.pretraining_run(key, name, params, tags, run_description(run, []))
+    began = next((point.time for point in run.journal.read()), None) if new else None
+    run_id = store.pretraining_run(key, name, params, tags, run_description(run, []), live=live, began=began)
     if new:
         store.log_dataset(run_id, params.get("train_data", "data"), "unknown", "train")
         files = [run.recipe_file, run.path / "environment.json"]
@@ -177,53 +194,94 @@ def open_pretraining(store: Store, run: RunFolder) -> str:
     return run_id
 
 
-def close_pretraining(store: Store, run: RunFolder, run_id: str, status: str) -> None:
-    """Give the MLflow run its final status."""
-    store.finish(run_id, MLFLOW_STATUS.get(status, "FAILED"))
+def close_pretraining(store: Store, run_id: str, status: str, ended: float | None = None) -> None:
+    """Give the MLflow run its final status, in our words; at a time in seconds, or now."""
+    store.finish(run_id, MLFLOW_STATUS.get(status, "FAILED"), ended)
 
 
-def log_result(store: Store, run: RunFolder | None, result: Result, pretraining: str | None) -> None:
-    """Log one result, from a run folder or of a lone checkpoint."""
-    siblings: list[Result] = [result]
-    recipe = None
-    if run is not None:
-        recipe = run.recipe()
-        digest = result.provenance["sha256"]
-        siblings = [other for other in ResultStore(run.path).all() if other.provenance["sha256"] == digest]
-    store.log_result(result_entry(result, siblings, recipe), pretraining)
+def log_result(store: Store, root: Path, result: Result, run: RunFolder | None = None) -> None:
+    """Log one result.
+
+    Args:
+        root: the folder of its store without the label of another network, a run folder or an output folder.
+        run: whose checkpoint it was measured on.
+    """
+    label = loading_of(result).label
+    results = ResultStore(root / label)
+    digest = result.provenance["sha256"]
+    siblings = [other for other in results.all() if other.provenance["sha256"] == digest] or [result]
+    tables = {name: table for name, table in results.tables(result).items() if len(table) <= LARGEST_TABLE}
+    # the curves of a run are those of its teacher; asked for each time: a run that is watched may enter MLflow late
+    pretraining = store.find_pretraining(run.state().key) if run and not label else None
+    entry = result_entry(as_its_own(result), siblings, run.recipe() if run else None, tables)
+    recipe = run.recipe_file.read_text(encoding="utf-8") if run else ""
+    leaderboard.log_result(store, replace(entry, recipe=recipe), pretraining)
 
 
-def log_figures(run: RunFolder, uri: str, files: Sequence[Path]) -> bool:
-    """Copy files to the figures of a run; False when MLflow does not have the run yet.
+def pages(store: Store, run_id: str | None) -> dict[str, str]:
+    """Pages of what this process logged, below the address of the server; that of the run first."""
+    own = {"run page": store.run_page("", run_id)} if run_id else {}
+    return own | store.links("")
+
+
+def log_figures(run: RunFolder, uri: str, files: Sequence[Path]) -> dict[str, str]:
+    """Copy files to the figures of a run; its page, or nothing when MLflow does not have the run yet.
 
     Raises:
         TrackingUnavailable: the store cannot be reached.
     """
     store = tracking.connect(uri)
     run_id = store.find_pretraining(run.state().key)
-    if run_id is not None:
-        store.log_files(run_id, files, "figures")
-    return run_id is not None
+    if run_id is None:
+        return {}
+    store.log_files(run_id, files, "figures")
+    return pages(store, run_id)
 
 
 def sync(run: RunFolder, uri: str) -> dict[str, str]:
     """Log whatever of a run MLflow lacks. Running it twice changes nothing.
 
     Returns:
-        The pages that show it, by experiment, without the address of the server.
+        The pages that show it, without the address of the server.
 
     Raises:
         TrackingUnavailable: the store cannot be reached.
     """
     status = describe_status(run)
     store = tracking.connect(uri)
-    run_id = open_pretraining(store, run)
-    store.log_points(run_id, run.journal.read(), store.logged(run_id))
-    results = ResultStore(run.path).all()
-    for result in results:
-        log_result(store, run, result, run_id)
-    store.describe(run_id, run_description(run, results))
+    run_id = open_pretraining(store, run, live=status == "running")
+    points = run.journal.read()
+    store.log_points(run_id, points, store.logged(run_id))
+    for result in stored_results(run.path):
+        log_result(store, run.path, result, run)
+    store.describe(run_id, run_description(run, ResultStore(run.path).all()))
     store.log_files(run_id, sorted(run.figures.glob("*.png")), "figures")
     if status != "running":
-        close_pretraining(store, run, run_id, status)
-    return store.links("")
+        close_pretraining(store, run_id, status, points[-1].time if points else None)
+        with contextlib.suppress(DinobenchError):  # of someone else, we may only read it
+            run.update(mirrored=True)
+    return pages(store, run_id)
+
+
+def sync_checkpoints(output: Path, uri: str) -> tuple[int, dict[str, str]]:
+    """Log the results of checkpoints outside run folders.
+
+    Returns:
+        How many results there are, and the pages that show them.
+
+    Raises:
+        TrackingUnavailable: the store cannot be reached.
+    """
+    results = stored_results(output)
+    if not results:
+        return 0, {}
+    store = tracking.connect(uri)
+    for result in results:
+        log_result(store, output, result)
+    return len(results), pages(store, None)
+
+
+def stored_results(root: Path) -> list[Result]:
+    """The results below a folder, then those of other networks of its checkpoints."""
+    labelled = [path.parent for path in sorted(root.glob("*/evals")) if not RunFolder(path.parent).exists]
+    return [result for folder in (root, *labelled) for result in ResultStore(folder).all()]

@@ -10,6 +10,7 @@ of dinobench.loading) for another network of the same file.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
@@ -140,6 +141,20 @@ class ResultStore:
         """Every result, ordered by training step and suite."""
         results = [read_result(path) for path in sorted(self.root.glob("evals/*@*/*.json"))]
         return sorted(results, key=lambda result: (result.provenance.get("step") or 0, result.suite))
+
+    def tables(self, result: Result) -> dict[str, pd.DataFrame]:
+        """The tables stored beside a result, by name; one that cannot be read is left out."""
+        import pandas as pd
+
+        path = self.path(result.suite, str(result.provenance["sha256"]), result.receipt.get("data"))
+        # those of the same checkpoint on other data have longer names that begin alike
+        others = [other.stem for other in path.parent.glob(f"{path.stem}-*.json")]
+        found = {}
+        for file in sorted((self.root / "samples" / result.suite).glob(f"{path.stem}-*.parquet")):
+            if not any(file.stem == other or file.stem.startswith(f"{other}-") for other in others):
+                with contextlib.suppress(OSError, ValueError):
+                    found[file.stem.removeprefix(f"{path.stem}-")] = pd.read_parquet(file)
+        return found
 
 
 def read_result(path: Path) -> Result:

@@ -94,6 +94,11 @@ class RunFolder:
         return self.path / "train.log"
 
     @property
+    def cell_file(self) -> Path:
+        """Hidden: a folder with other files is no empty run folder."""
+        return self.path / ".cell.json"
+
+    @property
     def journal(self) -> Journal:
         return Journal(self.path / "metrics.jsonl")
 
@@ -129,6 +134,10 @@ class RunFolder:
         """The kept checkpoints, oldest first; last.pt alone when there is no other."""
         numbered = sorted(self.checkpoints.glob("step=*.pt"), key=lambda path: int(path.stem.partition("=")[2]))
         return numbered or [path for path in (self.last_checkpoint,) if path.is_file()]
+
+    def cell(self) -> str | None:
+        """The cell of a table that this run was made for, if it was."""
+        return read_json(self.cell_file)["key"] if self.cell_file.is_file() else None
 
     def create(self, recipe: Recipe) -> None:
         """Fill a new folder. run.json comes last: a folder without it was never started."""

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from dinobench.cli import doctor, export, figure, ls, runs, show, ui, verify
+from dinobench.cli import compare, doctor, export, figure, ls, page, runs, show, table, ui, verify
 from dinobench.cli import eval as evaluation
 from dinobench.cli import pretrain as pretraining
 from pretrain.errors import DinobenchError
@@ -39,7 +39,10 @@ def options(
 
 app.command("pretrain")(pretraining.run_pretraining)
 app.command("eval")(evaluation.run_evaluation)
+app.command("compare")(compare.run_comparison)
 app.command("verify")(verify.run_verification)
+app.command("table")(table.run_tables)
+app.command("report")(page.write_page)
 app.command("ui")(ui.run_server)
 app.command("show")(show.show)
 app.command("ls")(ls.list_catalogue)

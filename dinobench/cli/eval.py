@@ -133,11 +133,14 @@ def _evaluate_run(
     from dinobench.watch import evaluate_run
     from dinobench.watch import watch as follow
 
-    log = _Log(run, tracking_uri(run.path.parent), reporter)
+    log = _Log(run.path, run, tracking_uri(run.path.parent), reporter)
     record = log if track else (lambda result: None)
-    if not watch:
-        return *evaluate_run(run, suites, settings, reporter.say, record), ""
-    watched = follow(run, suites, settings, reporter.say, record)
+    try:
+        if not watch:
+            return *evaluate_run(run, suites, settings, reporter.say, record), ""
+        watched = follow(run, suites, settings, reporter.say, record)
+    finally:
+        log.say_links()
     return watched.results, watched.failures, watched.advice
 
 
@@ -192,14 +195,13 @@ def _print_curve(run: str, results: list[Result], as_json: bool) -> list[Result]
 class _Log:
     """Logs results to MLflow one by one, what is there already not again. A store that fails is told of once."""
 
-    def __init__(self, run: RunFolder | None, uri: str, reporter: Reporter):
-        self.run, self.uri, self._reporter = run, uri, reporter
+    def __init__(self, root: Path, run: RunFolder | None, uri: str, reporter: Reporter):
+        self.root, self.run, self.uri, self._reporter = root, run, uri, reporter
         self._store: Store | None = None
         self._failed = False
 
     def __call__(self, result: Result) -> None:
         from dinobench import mirror, tracking  # MLflow takes seconds to import: not at all when there is no result
-        from dinobench.loading import loading_of
 
         if self._failed:
             return
@@ -207,26 +209,21 @@ class _Log:
             if self._store is None:
                 self._store = tracking.connect(self.uri)
                 self._reporter.say(f"logging to {tracking.masked(self.uri)}")
-            # asked for each time: the run itself may enter MLflow only while we watch it
-            run = None if loading_of(result).label else self.run  # the curves of a run are those of its teacher
-            pretraining = self._store.find_pretraining(run.state().key) if run else None
-            mirror.log_result(self._store, run, _as_its_own(result), pretraining)
+            mirror.log_result(self._store, self.root, result, self.run)
         except tracking.TrackingUnavailable as error:
             self._failed = True
-            again = f"; `dinobench runs sync {self.run.path}` logs it later" if self.run else ""
-            self._reporter.warn(f"not logged to MLflow: {error}; the result is in its file all the same{again}")
+            again = f"dinobench runs sync {self.run.path if self.run else f'--output {self.root}'}"
+            self._reporter.warn(
+                f"not logged to MLflow: {error}; the result is in its file all the same; `{again}` logs it later"
+            )
 
+    def say_links(self) -> None:
+        """Where to look at what was logged, if anything was."""
+        if self._store is not None and not self._failed:
+            from dinobench.cli.links import say_links
 
-def _as_its_own(result: Result) -> Result:
-    """Another network of a file is another checkpoint to MLflow, which tells them by their hashes."""
-    from dinobench.loading import loading_of
-
-    label = loading_of(result).label
-    if not label:
-        return result
-    facts = result.provenance
-    changed = {"sha256": f"{facts['sha256']}-{label}", "arch": f"{facts.get('arch')} {label}"}
-    return result.model_copy(update={"provenance": {**facts, **changed}})
+            output = self.run.path.parent if self.run else self.root
+            say_links(self._store.links(""), self.uri, output, self._reporter.say)
 
 
 def _track(checkpoint: Path, results: list[Result], output: Path, reporter: Reporter) -> None:
@@ -236,7 +233,8 @@ def _track(checkpoint: Path, results: list[Result], output: Path, reporter: Repo
     from pretrain.models.pixels import is_pixels
 
     run = None if is_pixels(checkpoint) else run_of_checkpoint(checkpoint)
-    log = _Log(run, tracking_uri(run.path.parent if run else output), reporter)
+    log = _Log(run.path if run else output, run, tracking_uri(run.path.parent if run else output), reporter)
     for result in results:
         if not result.from_cache:
             log(result)
+    log.say_links()

@@ -190,16 +190,18 @@ def _track(runs: Sequence[RunFolder], files: Sequence[Path]) -> None:
     if not tracked:
         return
     from dinobench import mirror, tracking
+    from dinobench.cli.links import say_links
 
     reporter = Reporter()
     for run in tracked:
         uri = tracking.tracking_uri(run.path.parent)
         try:
-            logged = mirror.log_figures(run, uri, files)
+            pages = mirror.log_figures(run, uri, files)
         except tracking.TrackingUnavailable as error:
             reporter.warn(f"not logged to MLflow: {error}; the files are in {files[0].parent} all the same")
             return
-        if logged:
+        if pages:
             reporter.say(f"logged to {tracking.masked(uri)}")
+            say_links(pages, uri, run.path.parent, reporter.say)
         else:
             reporter.warn(f"not logged: MLflow does not have {run.name}; `dinobench runs sync {run.path}` logs it")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinobench import tracking
+from dinobench.cli.links import full_links
 from dinobench.cli.output import print_table, print_text
 from dinobench.entries import BASELINES, number
 from dinobench.reporter import duration
@@ -21,8 +22,6 @@ FURTHER_SCORES = {
     "prototypes": ("num_prototypes", "used", "unique", "purity", "kappa_q50"),
 }
 """Scores shown below the headline; all of them are in the result file and in MLflow."""
-LOCAL_SERVER = "http://127.0.0.1:5000"
-"""Where `dinobench ui` listens unless told otherwise."""
 
 
 def print_summary(summary: Summary, output: Path) -> None:
@@ -107,16 +106,11 @@ def pointers(summary: Summary, output: Path) -> dict[str, str]:
     suites = list(dict.fromkeys(result.suite_name for result in summary.results))
     again = ["dinobench", "eval", "--suite", ",".join(suites), str(checkpoint)]
     uri = tracking.tracking_uri(output)
-    server = uri if uri.startswith("http") else LOCAL_SERVER
     shown = {"run": str(summary.run.path), "checkpoint": str(checkpoint)}
     if suites:
         shown["evaluate"] = shlex.join(again)
     shown["mlflow"] = tracking.masked(uri)
-    if server == LOCAL_SERVER:
-        shown["pages"] = f"start `{shlex.join(['dinobench', 'ui', '--output', str(output)])}`, then open"
-    for name, page in summary.links.items():
-        shown[name] = f"{tracking.masked(server).rstrip('/')}{page}"
-    return shown
+    return shown | full_links(summary.links, uri, output)
 
 
 def summary_document(summary: Summary, output: Path) -> dict[str, Any]:

@@ -20,18 +20,23 @@ def run_server(
 ) -> None:
     """Serve the MLflow pages on 127.0.0.1 until Ctrl-C."""
     from dinobench import tracking
+    from dinobench.cli.links import say_links
     from dinobench.cli.output import print_text
     from pretrain.errors import DinobenchError
 
     uri = tracking.tracking_uri(output)
-    if uri.startswith(("http://", "https://")):
-        return print_text(f"MLFLOW_TRACKING_URI is set, the pages are at {tracking.masked(uri)}")
+    if tracking.is_server(uri):
+        print_text(f"MLFLOW_TRACKING_URI is set, the pages are at {tracking.masked(uri)}")
+        try:
+            return say_links(tracking.connect(uri).links("", everything=True), uri, output, print_text)
+        except tracking.TrackingUnavailable as error:
+            return print_text(f"it cannot be asked for its pages now: {error}")
     file = tracking.database_file(uri)
     if file is not None and not file.is_file():
         raise DinobenchError(f"no tracking store {file}: pretrain something first, or name its folder with --output")
     refuse_taken_port(port)
     # connecting makes a missing table and gives the numbers of the experiments
-    for name, page in tracking.connect(uri).links(f"http://{HOST}:{port}").items():
+    for name, page in tracking.connect(uri).links(f"http://{HOST}:{port}", everything=True).items():
         print_text(f"{name:<24}{page}")
     print_text("the server takes some seconds to start; Ctrl-C stops it")
     sys.stdout.flush()

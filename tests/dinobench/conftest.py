@@ -16,7 +16,7 @@ import torch
 import suites.measure
 from dinobench.evaluate import Evaluation, evaluate
 from dinobench.files import read_json, sha256, write_json
-from dinobench.results import Result
+from dinobench.results import Result, ResultStore
 from dinobench.runs import RunFolder, find_run
 from pretrain.errors import DinobenchError
 from pretrain.models import checkpoint, checkpoint_file
@@ -228,3 +228,57 @@ def true_result(measured_once: Path, tmp_path: Path) -> TrueResult:
     (file,) = folder.glob("runs/evals/digits_knn@1/*.json")
     file.write_text(file.read_text().replace(str(measured_once), str(folder)))
     return TrueResult(file, folder / "tiny.pt", folder / "digits.npz")
+
+
+class Measurer:
+    """Makes run folders with results, per-image values and prototype tables, as an evaluation leaves them."""
+
+    images = 200
+    prototypes = 16
+
+    def __init__(self, output: Path, make_result: Callable[..., Result]):
+        self.output, self._make_result = output, make_result
+
+    def run(
+        self, method: str, seed: int, accuracy: float, *, steps: tuple[int, ...] = (20, 40), overrides: Any = ()
+    ) -> RunFolder:
+        """A finished run, `accuracy` percent right at its last step and 20 points less before."""
+        recipe = resolve(method, seed=seed, overrides=(*QUICK, "tracking.enabled=false", *overrides))
+        run = find_run(recipe, self.output)
+        run.create(recipe)
+        for step in steps:
+            run.journal.append({"loss/total": 4.0 / step + seed / 100}, step)
+            self.measure(run, seed, accuracy - 20 * (step != steps[-1]), step)
+        run.update(status="finished", step=max(steps, default=0))
+        return run
+
+    def measure(self, run: RunFolder, seed: int, accuracy: float, step: int, **changes: Any) -> Path:
+        """Results of digits_knn and digits_prototypes at a step; gives the file of the first."""
+        generator = np.random.default_rng([seed, step, len(run.name)])
+        correct = np.arange(self.images) < round(accuracy * self.images / 100)
+        generator.shuffle(correct)
+        index = np.arange(self.images)
+        samples = pd.DataFrame({"index": index, "label": index % 10, "prediction": index % 10, "correct": correct})
+        recipe = run.recipe()
+        facts = {"sha256": f"{seed:02d}{step:04d}".ljust(64, "a"), "method": recipe["method"]["name"], "step": step}
+        facts |= {"images_seen": step * recipe["optim"]["batch_size"], "seed": seed, "arch": "vit", "epoch": 1}
+        score = 100 * float(correct.mean())
+        result = self._make_result(score, **{"provenance": facts, "n": self.images, **changes})
+        store = ResultStore(run.path)
+        file = store.save(result, facts["sha256"], None, samples, {})
+        counts = generator.multinomial(self.images, generator.dirichlet(np.full(self.prototypes, 0.3)))
+        kappa = generator.uniform(5, 50, self.prototypes)
+        tables = {
+            "prototypes": pd.DataFrame({"prototype": np.arange(self.prototypes), "images": counts, "kappa": kappa}),
+            "unique": pd.DataFrame({"cosine_distance": [0.025, 0.2], "unique": [self.prototypes, 9]}),
+        }
+        values = {"suite": "digits_prototypes@1", "protocol": "prototypes", "headline": "perplexity"}
+        scores = {"perplexity": 7.0 + seed, "used": float((counts > 0).sum()), "top1": score}
+        usage = self._make_result(**{**values, "scores": scores, "provenance": facts, "n": self.images})
+        store.save(usage, facts["sha256"], None, samples, tables)
+        return file
+
+
+@pytest.fixture
+def measurer(tmp_path: Path, make_result: Callable[..., Result]) -> Measurer:
+    return Measurer(tmp_path / "runs", make_result)

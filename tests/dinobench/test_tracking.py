@@ -210,7 +210,7 @@ def test_passwords_are_masked() -> None:
 
 
 def test_links_open_the_page_of_model_training(uri: str, client: Any) -> None:
-    links = tracking.connect(uri).links("http://127.0.0.1:5000")
+    links = tracking.connect(uri).links("http://127.0.0.1:5000", everything=True)
     assert re.fullmatch(
         r"http://127\.0\.0\.1:5000/#/experiments/\d+/runs\?compareRunsMode=CHART&workflowType=machine_learning",
         links["pretrain charts"],
@@ -259,7 +259,10 @@ class Killed(BaseException):
 class Mortal:
     """An MLflow client that dies before its n-th change."""
 
-    changes = ("create_run", "log_batch", "log_inputs", "log_metric", "log_outputs", "set_tag", "set_terminated")
+    changes = (
+        *("create_run", "log_batch", "log_inputs", "log_metric", "log_outputs", "log_text", "set_tag"),
+        "set_terminated",
+    )
 
     def __init__(self, client: Any, number: int):
         self._client, self.left = client, number
@@ -283,12 +286,12 @@ def test_a_result_whose_logging_was_killed_anywhere_is_completed_and_not_doubled
         result = make_result(dataset=name, provenance=facts)
         store = tracking.connect(uri)
         pretraining = mirror.open_pretraining(store, run)
-        store._client = Mortal(store._client, number)
+        store.client = Mortal(store.client, number)
         try:
-            mirror.log_result(store, run, result, pretraining)
+            mirror.log_result(store, run.path, result, run)
             whole = True
         except Killed:
-            mirror.log_result(tracking.connect(uri), run, result, pretraining)
+            mirror.log_result(tracking.connect(uri), run.path, result, run)
         logged = runs_of(client, f"dinobench/{name}-v1")
         assert sorted(each.data.tags["dinobench.kind"] for each in logged) == 3 * ["baseline"] + ["checkpoint", "suite"]
         assert {each.info.status for each in logged} == {"FINISHED"}, number

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from dinobench import mirror, tracking
+from dinobench import leaderboard, tracking
 from dinobench.cli import app
 from dinobench.files import write_json
-from dinobench.results import Result
+from dinobench.leaderboard import Entry
 from dinobench.runs import RunFolder
 
 
@@ -17,7 +17,7 @@ class FakeStore:
     """Stands for MLflow: notes what is logged, and fails when told."""
 
     def __init__(self) -> None:
-        self.logged: list[tuple[int, int, str | None]] = []
+        self.logged: list[tuple[int, str | None]] = []
         self.checkpoints: list[tuple[str, str]] = []
         self.connections, self.down = 0, False
 
@@ -30,18 +30,20 @@ class FakeStore:
     def find_pretraining(self, key: str) -> str:
         return f"run of {key}"
 
-    def log_result(self, store: Any, run: RunFolder | None, result: Result, pretraining: str | None) -> None:
+    def log_result(self, store: Any, entry: Entry, pretraining: str | None) -> None:
         assert store is self
-        facts = result.provenance
-        self.logged.append((facts["step"], facts["images_seen"], pretraining))
-        self.checkpoints.append((facts["sha256"], facts["arch"]))
+        self.logged.append((entry.step, pretraining))
+        self.checkpoints.append((entry.checkpoint, entry.params["arch"]))
+
+    def links(self, base: str) -> dict[str, str]:
+        return {"digits-v1 charts": f"{base}/#/experiments/1/runs"}
 
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> FakeStore:
     fake = FakeStore()
     monkeypatch.setattr(tracking, "connect", fake.connect)
-    monkeypatch.setattr(mirror, "log_result", fake.log_result)
+    monkeypatch.setattr(leaderboard, "log_result", fake.log_result)
     return fake
 
 
@@ -71,14 +73,15 @@ def test_a_run_folder_means_all_that_it_has_kept(
 
 
 def test_results_of_a_run_are_logged_at_their_step_also_those_of_an_evaluation_that_was_killed(
-    measured: Any, store: FakeStore, trained: RunFolder
+    measured: Any, store: FakeStore, trained: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["eval", "--suite", "digits_knn", str(trained.path)]
     assert app.run([*arguments, "--no-track"]) == 0
     assert store.connections == 0
     assert app.run(arguments) == 0
+    assert "/#/experiments/1/runs" in capsys.readouterr().err
     key = f"run of {trained.state().key}"
-    assert store.logged == [(20, 1280, key), (40, 2560, key)]
+    assert store.logged == [(20, key), (40, key)]
     assert store.connections == 1
 
 
@@ -88,7 +91,7 @@ def test_the_student_is_another_checkpoint_and_no_point_of_the_curve(
     for options in ([], ["--checkpoint-key", "student"]):
         assert app.run(["eval", "--suite", "digits_knn", *options, str(trained.path)]) == 0
     key = f"run of {trained.state().key}"
-    assert store.logged == [(20, 1280, key), (40, 2560, key), (20, 1280, None), (40, 2560, None)]
+    assert store.logged == [(20, key), (40, key), (20, None), (40, None)]
     teacher, student = store.checkpoints[:2], store.checkpoints[2:]
     assert student == [(f"{digest}-student", f"{arch} student") for digest, arch in teacher]
     # what is synced and shown of the run is its teacher

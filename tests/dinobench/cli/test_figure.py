@@ -39,9 +39,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     """What MLflow is asked to log; the store knows every run."""
     asked: list[tuple[str, list[str]]] = []
 
-    def log_figures(run: RunFolder, uri: str, files: Any) -> bool:
+    def log_figures(run: RunFolder, uri: str, files: Any) -> dict[str, str]:
         asked.append((run.name, [file.name for file in files]))
-        return True
+        return {"run page": f"/#/experiments/1/runs/{run.name}"}
 
     monkeypatch.setattr(mirror, "log_figures", log_figures)
     return asked
@@ -167,7 +167,7 @@ def test_nothing_is_logged_when_not_asked_or_not_tracked(
 def test_a_dead_server_costs_a_warning(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(run: RunFolder, uri: str, files: Any) -> bool:
+    def fail(run: RunFolder, uri: str, files: Any) -> dict[str, str]:
         raise TrackingUnavailable("the MLflow server http://127.0.0.1:1 does not answer")
 
     monkeypatch.setattr(mirror, "log_figures", fail)

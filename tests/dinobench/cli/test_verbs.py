@@ -103,11 +103,18 @@ def test_runs_sync_replays_each_run(
     finished: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     synced = []
-    monkeypatch.setattr(mirror, "sync", lambda run, uri: synced.append((run, uri)))
+
+    def sync(run: RunFolder, uri: str) -> dict[str, str]:
+        synced.append((run, uri))
+        return {"run page": "/#/experiments/1/runs/abc?workflowType=machine_learning"}
+
+    monkeypatch.setattr(mirror, "sync", sync)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@host")
     assert app.run(["runs", "sync", str(finished.path)]) == 0
     assert synced == [(finished, "http://me:s3cret@host")]
-    assert "s3cret" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "http://host/#/experiments/1/runs/abc?workflowType=machine_learning" in printed
+    assert "s3cret" not in printed
 
 
 def test_show_gives_the_state_of_a_run(finished: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

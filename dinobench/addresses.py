@@ -1,0 +1,103 @@
+"""Where MLflow is: the address of a store, whether it answers, and its pages worth opening.
+
+MLflow's pages open in its GenAI view unless the link ends with `workflowType=machine_learning`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from pretrain.errors import DinobenchError
+
+VIEW = "workflowType=machine_learning"
+
+
+class TrackingUnavailable(DinobenchError):
+    """MLflow is not installed, or its store cannot be reached."""
+
+
+def tracking_uri(output: Path) -> str:
+    """MLFLOW_TRACKING_URI, or <output>/mlflow.db, absolute: MLflow's own default depends on the working folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(output / 'mlflow.db').absolute()}"
+
+
+def masked(text: str) -> str:
+    """Text with the passwords of its URLs hidden."""
+    return re.sub(r"(://[^/\s:@]*):[^@\s/]+@", r"\1:***@", text)
+
+
+def without_credentials(uri: str) -> str:
+    """The address of a server as it goes into a link: without name and password, without the last slash."""
+    return re.sub(r"://[^/@]*@", "://", uri).rstrip("/")
+
+
+def is_server(uri: str) -> bool:
+    return uri.startswith(("http://", "https://"))
+
+
+def database_file(uri: str) -> Path | None:
+    """The file of a sqlite store, or None."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def lock_file(uri: str) -> Path:
+    """What the processes of this machine lock: beside a database; of a server, a file of the user's own."""
+    if file := database_file(uri):
+        return file.with_name(f"{file.name}.lock")
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    digest = hashlib.sha256(without_credentials(uri).encode()).hexdigest()[:12]
+    return Path(tempfile.gettempdir()) / f"dinobench-mlflow-{user}-{digest}.lock"
+
+
+def probe(uri: str, timeout: float = 3.0) -> None:
+    """Ask a server whether it is there, before a call of the client could wait for it.
+
+    Raises:
+        TrackingUnavailable: it is not, or the store cannot be used.
+    """
+    if not is_server(uri):
+        return
+    try:
+        urllib.request.urlopen(f"{without_credentials(uri)}/health", timeout=timeout).close()
+    except urllib.error.HTTPError as error:
+        error.close()  # it answers; whether it lets us in is seen at the first call
+    except (OSError, ValueError) as error:
+        raise TrackingUnavailable(f"the MLflow server {masked(uri)} does not answer ({error})") from error
+
+
+def charts_page(base: str, experiment: str) -> str:
+    """Bars and curves of the runs of an experiment."""
+    return f"{base}/#/experiments/{experiment}/runs?compareRunsMode=CHART&{VIEW}"
+
+
+def models_page(base: str, experiment: str) -> str:
+    """The model table, with metrics by data set as columns."""
+    return f"{base}/#/experiments/{experiment}/models?{VIEW}"
+
+
+def runs_page(base: str, experiment: str) -> str:
+    return f"{base}/#/experiments/{experiment}/runs?{VIEW}"
+
+
+def run_page(base: str, experiment: str, run_id: str) -> str:
+    return f"{base}/#/experiments/{experiment}/runs/{run_id}?{VIEW}"
+
+
+@contextlib.contextmanager
+def as_unavailable(uri: str) -> Iterator[None]:
+    """Whatever goes wrong inside MLflow (its exceptions, those of requests, sqlalchemy, alembic) is one case to us."""
+    try:
+        yield
+    except TrackingUnavailable:
+        raise
+    except Exception as error:
+        reason = masked(" ".join(str(error).split()))[:300]
+        raise TrackingUnavailable(f"MLflow store {masked(uri)}: {reason}") from error
