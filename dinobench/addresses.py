@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
 import os
 import re
 import tempfile
@@ -31,7 +32,7 @@ def tracking_uri(output: Path) -> str:
 
 def masked(text: str) -> str:
     """Text with the passwords of its URLs hidden."""
-    return re.sub(r"(://[^/\s:@]*):[^@\s/]+@", r"\1:***@", text)
+    return re.sub(r"(://[^/\s:@]*):\S+@", r"\1:***@", text)
 
 
 def without_credentials(uri: str) -> str:
@@ -69,7 +70,12 @@ def probe(uri: str, timeout: float = 3.0) -> None:
         urllib.request.urlopen(f"{without_credentials(uri)}/health", timeout=timeout).close()
     except urllib.error.HTTPError as error:
         error.close()  # it answers; whether it lets us in is seen at the first call
-    except (OSError, ValueError) as error:
+    except (http.client.InvalidURL, ValueError) as error:  # whose text may hold a part of the password
+        raise TrackingUnavailable(
+            f"{masked(uri)} is not the address of a server: characters like @ : / in a password are written as %40 %3A "
+            "%2F, or give it in MLFLOW_TRACKING_PASSWORD"
+        ) from error
+    except (OSError, http.client.HTTPException) as error:
         raise TrackingUnavailable(f"the MLflow server {masked(uri)} does not answer ({error})") from error
 
 

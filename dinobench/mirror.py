@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dinobench import leaderboard, tracking
 from dinobench.entries import as_its_own, recipe_parameters, result_entry, row_label, run_description, run_name
@@ -188,10 +189,21 @@ def open_pretraining(store: Store, run: RunFolder, *, live: bool = True) -> str:
     began = next((point.time for point in run.journal.read()), None) if new else None
     run_id = store.pretraining_run(key, name, params, tags, run_description(run, []), live=live, began=began)
     if new:
-        store.log_dataset(run_id, params.get("train_data", "data"), "unknown", "train")
+        store.log_dataset(run_id, params.get("train_data", "data"), training_images(recipe), "train")
         files = [run.recipe_file, run.path / "environment.json"]
         store.log_files(run_id, [file for file in files if file.is_file()], "config")
     return run_id
+
+
+def training_images(recipe: dict[str, Any]) -> str:
+    """Fingerprint of the images a run was trained on, where it is found at once: folders may hold millions of files."""
+    from pretrain.data.datasets import open_dataset
+
+    data = recipe["data"]
+    try:
+        return "unknown" if ":" in data["name"] else open_dataset(data["name"], data["split"]).fingerprint
+    except (DinobenchError, KeyError):
+        return "unknown"
 
 
 def close_pretraining(store: Store, run_id: str, status: str, ended: float | None = None) -> None:

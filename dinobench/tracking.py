@@ -105,6 +105,7 @@ class Store:
         self.uri = uri
         self.mlflow, self.entities = mlflow, importlib.import_module("mlflow.entities")
         self._experiments: dict[str, str] = {}
+        self._lock = FileLock(lock_file(uri), timeout=LOCK_SECONDS)  # one object, so that blocks can be nested
         with self.lock():  # several processes that make one new database at once break it
             if (file := database_file(uri)) and not file.exists():
                 _make_database(mlflow, file)
@@ -116,7 +117,7 @@ class Store:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Keeps find-or-make pairs of several processes of this machine apart."""
-        with FileLock(lock_file(self.uri), timeout=LOCK_SECONDS):
+        with self._lock:
             yield
 
     def pretraining_run(
@@ -142,7 +143,7 @@ class Store:
                 if live:
                     self.client.update_run(found.info.run_id, status="RUNNING")
                 for tag, value in tags.items():
-                    if found.data.tags.get(tag) != value:  # moved, or continued on another machine
+                    if found.data.tags.get(tag, "") != value:  # moved, or continued on another machine
                         self.client.set_tag(found.info.run_id, tag, value)
                 return found.info.run_id
             tags = {"dinobench.kind": "pretrain", "dinobench.run": key, **tags}
@@ -181,8 +182,12 @@ class Store:
             name=name, digest=digest[:DIGEST_DIGITS], source_type="dinobench", source=f'{{"name": "{name}"}}'
         )
         tag = entities.InputTag("mlflow.data.context", context)
-        with as_unavailable(self.uri):
-            self.client.log_inputs(run_id, [entities.DatasetInput(dataset, [tag])])
+        inputs = [entities.DatasetInput(dataset, [tag])]
+        with as_unavailable(self.uri), self.lock():  # two that enter a new data set at once: one of them fails
+            try:
+                self.client.log_inputs(run_id, inputs)
+            except self.mlflow.exceptions.MlflowException:  # the other was on another machine
+                self.client.log_inputs(run_id, inputs)
 
     def log_files(self, run_id: str, files: Iterable[Path], folder: str) -> None:
         """Copy files to the run's artifacts."""

@@ -43,7 +43,7 @@ def run(recipe: Recipe, tmp_path: Path) -> RunFolder:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_result() -> Callable[..., Result]:
     def make(score: float = 90.0, **changes: Any) -> Result:
         values: dict[str, Any] = {
@@ -279,6 +279,12 @@ class Measurer:
         return file
 
 
+@pytest.fixture(scope="session")
+def measurer_in(make_result: Callable[..., Result]) -> Callable[[Path], Measurer]:
+    """For the fixtures of a module: below a folder of their own."""
+    return lambda output: Measurer(output, make_result)
+
+
 @pytest.fixture
-def measurer(tmp_path: Path, make_result: Callable[..., Result]) -> Measurer:
-    return Measurer(tmp_path / "runs", make_result)
+def measurer(tmp_path: Path, measurer_in: Callable[[Path], Measurer]) -> Measurer:
+    return measurer_in(tmp_path / "runs")

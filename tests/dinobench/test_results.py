@@ -34,6 +34,18 @@ def test_a_result_and_its_samples_lie_where_they_are_looked_for(store: ResultSto
     assert frame["correct"].tolist() == [True, False]
 
 
+def test_tables_are_those_of_the_result_and_not_of_other_data(
+    store: ResultStore, make_result: Callable[..., Result]
+) -> None:
+    other = make_result(receipt={"data": "cifar10"})
+    seven, eight = pd.DataFrame({"unique": [7]}), pd.DataFrame({"unique": [8]})
+    store.save(other, SHA, "cifar10", seven, {"unique": eight})
+    assert [(name, table["unique"].tolist()) for name, table in store.tables(make_result()).items()] == [
+        ("unique", [7])
+    ]
+    assert [(name, table["unique"].tolist()) for name, table in store.tables(other).items()] == [("unique", [8])]
+
+
 def test_a_stored_result_says_that_it_is_one(store: ResultStore) -> None:
     found = store.find("digits_knn@1", "f00", SHA, None, 0)
     assert found is not None
