@@ -11,15 +11,20 @@ from typing import Any
 from pretrain.packages import installed_versions
 
 PACKAGES = ("dinobench", "torch", "torchvision", "timm", "numpy", "faiss-gpu", "faiss-cpu", "scikit-learn", "mlflow")
+FLOORS = ("dinobench", "suites", "pretrain")
 
 
 def code_commit() -> dict[str, Any]:
-    """Commit of the checkout that runs, and whether it has changes; empty for an installed package."""
+    """Commit of the checkout that runs, and whether its packages have changes; empty for an installed package.
+
+    Written results are no change of the code that measured them.
+    """
     root = Path(__file__).parent.parent
     if not (root / ".git").exists():
         return {}
     commit = _git(root, "rev-parse", "HEAD")
-    return {"commit": commit, "dirty": bool(_git(root, "status", "--porcelain", "-uno"))} if commit else {}
+    changes = _git(root, "status", "--porcelain", "-uno", "--", *FLOORS)
+    return {"commit": commit, "dirty": bool(changes)} if commit else {}
 
 
 def describe(command: str, device: str, time: str, resumed_at: int | None) -> dict[str, Any]:
