@@ -91,7 +91,7 @@ def _evaluate(
         typer.Exit: with 3, something was not measured or a watched run did not finish.
     """
     from dinobench.evaluate import evaluate, evaluate_all
-    from dinobench.runs import RunFolder
+    from dinobench.runs import RunFolder, now
 
     results, shown, failures, advice = [], [], [], ""
     for path in checkpoints:
@@ -99,12 +99,13 @@ def _evaluate(
             done, failed, advice = _evaluate_run(RunFolder(path), suites, settings, reporter, watch=watch, track=track)
             shown += _print_curve(path.absolute().name, done, as_json)
         else:
+            began = now()
             if len(checkpoints) == 1:
                 done, failed = evaluate(path, suites, settings, reporter.say)
             else:  # the others go on where one cannot be read
                 done, failed = evaluate_all([path], suites, settings, reporter.say)
-            if track:
-                _track(path, done, settings.output, reporter)
+            if track:  # only what is new: MLflow takes seconds to import, and features may come from the cache
+                _track(path, [result for result in done if result.created >= began], settings.output, reporter)
             shown += done
         results += done
         failures += failed
@@ -235,6 +236,5 @@ def _track(checkpoint: Path, results: list[Result], output: Path, reporter: Repo
     run = None if is_pixels(checkpoint) else run_of_checkpoint(checkpoint)
     log = _Log(run.path if run else output, run, tracking_uri(run.path.parent if run else output), reporter)
     for result in results:
-        if not result.from_cache:
-            log(result)
+        log(result)
     log.say_links()

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,22 @@ def test_a_tracking_store_that_is_away_costs_one_warning_and_no_result(
     assert len(json.loads(captured.out)) == 2
     assert captured.err.count("not logged to MLflow: no answer") == 1
     assert f"`dinobench runs sync {trained.path}`" in captured.err
+
+
+def test_a_new_result_of_a_checkpoint_is_logged_once_also_when_its_features_are_from_the_cache(
+    measured: Any, store: FakeStore, trained: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import suites.measure
+
+    def measure(*arguments: Any, **options: Any) -> Any:
+        return replace(measured.measure(*arguments, **options), from_cache=True)
+
+    monkeypatch.setattr(suites.measure, "measure", measure)
+    checkpoint = str(trained.kept_checkpoints()[-1])
+    for _ in range(2):
+        assert app.run(["eval", "--suite", "digits_knn", checkpoint]) == 0
+        time.sleep(1.1)  # results say to the second when they were made
+    assert store.logged == [(40, f"run of {trained.state().key}")]
 
 
 def test_watch_ends_well_with_a_finished_run(
