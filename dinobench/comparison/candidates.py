@@ -5,6 +5,7 @@ Nothing is measured here; what was not evaluated has no scores.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -155,6 +156,7 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     name: str
+    command: str = ""
     seed: int | None = None
     provenance: dict[str, Any]
     receipt: dict[str, Any]
@@ -232,7 +234,7 @@ def read_record(path: Path) -> Candidate:
     }
     facts = record.provenance
     checkpoint = Checkpoint(int(facts.get("step") or 0), int(facts.get("images_seen") or 0), scores)
-    return Candidate(path, record.name, record.seed, facts, (checkpoint,), recorded=dict(record.curve))
+    return Candidate(path, _method(record), record.seed, facts, (checkpoint,), recorded=dict(record.curve))
 
 
 def dig(values: Any, dotted: str) -> Any:
@@ -240,6 +242,12 @@ def dig(values: Any, dotted: str) -> Any:
     for part in dotted.split("."):
         values = values.get(part) if isinstance(values, dict) else None
     return values
+
+
+def _method(record: Record) -> str:
+    """The recipe's name, with what the command changed of it: under other settings it is another method."""
+    changed = [word for word in shlex.split(record.command) if "=" in word and not word.startswith("-")]
+    return " ".join([record.name, *changed])
 
 
 def _is_record(document: Any) -> bool:

@@ -1,7 +1,8 @@
 """Records: one JSON file per cell, what the tables are written from. Once it is there, the run folder may go.
 
-    <root>/<scale>/records/<row>-s<seed>.json        scores, receipt, curves and the last logging interval
-    <root>/<scale>/records/baselines.json            suite -> baseline -> scores
+    <root>/<scale>/records/<method>-s<seed>.json         scores, receipt, curves and the last logging interval
+    <root>/<scale>_ablations/records/<row>-s<seed>.json  the same, where something differs from the method's own recipe
+    <root>/<scale>/records/baselines.json                suite -> baseline -> scores
 
 A record belongs to a cell by what it was made from (recipe, seed, images, version of the code), whatever its name.
 """
@@ -71,9 +72,9 @@ class RecordStore:
 
     root: Path
 
-    def folder(self, scale: str) -> Path:
-        """Where new records of a scale are written."""
-        return self.root / scale / "records"
+    def folder(self, scale: str, *, ablation: bool = False) -> Path:
+        """Where new records of a scale are written; those of ablations apart, because nobody compares all of them."""
+        return self.root / (f"{scale}_ablations" if ablation else scale) / "records"
 
     @cached_property
     def _by_science(self) -> dict[str, list[Record]]:
@@ -101,7 +102,8 @@ class RecordStore:
         """Where the record of a cell is written."""
         changed = f"-{cell.science[:8]}" if cell.overrides else ""
         seed = "" if cell.released else f"-s{cell.seed}"
-        return self.folder(cell.scale) / f"{slug(cell.name.replace('/', '-'))}{seed}{changed}.json"
+        folder = self.folder(cell.scale, ablation=bool(cell.overrides) or "/" in cell.name)
+        return folder / f"{slug(cell.name.replace('/', '-'))}{seed}{changed}.json"
 
     def save(self, cell: Cell, content: dict[str, Any], baselines: dict[str, Any]) -> Path:
         """Write a record whole or not at all, and the baselines that are not there yet; one process at a time."""

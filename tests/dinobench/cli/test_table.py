@@ -77,7 +77,7 @@ def test_a_second_run_recomputes_nothing_and_changes_nothing(run: Callable, tmp_
 def test_a_lost_record_is_made_again(run: Callable, tmp_path: Path) -> None:
     run()
     before = tables(tmp_path)
-    next(tmp_path.glob("results/digits/records/simclr-*.json")).unlink()
+    next(tmp_path.glob("results/digits_ablations/records/simclr-*.json")).unlink()
     assert run() == (0, ["simclr"])
     assert tables(tmp_path) == before
 
@@ -135,7 +135,7 @@ def test_a_retrained_cell_that_agrees_exits_with_0_else_with_4(
     run(*seeds)
     assert run(*seeds, "--retrain", "0")[0] == 0
     assert "may differ by" in capsys.readouterr().out
-    for path in tmp_path.glob("results/digits/records/*-s?-*.json"):
+    for path in tmp_path.glob("results/digits_ablations/records/*-s?-*.json"):
         path.write_text(path.read_text().replace('"top1": 91.5', '"top1": 31.5'))
     assert run(*seeds, "--retrain", "0")[0] == 4
     assert "the record is stale" in capsys.readouterr().err

@@ -36,6 +36,7 @@ def stored(monkeypatch: pytest.MonkeyPatch, make_result: Callable[..., Result]) 
         return [make_result(suite=suite.id, from_cache=True, checkpoint=str(checkpoint)) for suite in suites], []
 
     monkeypatch.setattr(evaluate, "evaluate", answer)
+    monkeypatch.setattr(evaluate, "evaluate_all", lambda checkpoints, *settings: answer(checkpoints[0], *settings))
 
 
 def test_eval_prints_exactly_one_document(stored: None, capsys: pytest.CaptureFixture[str]) -> None:

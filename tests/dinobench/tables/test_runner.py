@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,15 @@ def test_a_cell_that_fails_or_takes_its_process_along_stops_no_other(
     assert os.environ["OMP_NUM_THREADS"] == "7"
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell has its background jobs ignore Ctrl-C, and so would the tests run by one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_workers_end_when_the_call_is_interrupted(
     cells: list[Cell], place: Workplace, work: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -26,8 +26,10 @@ class Enough(Exception):
 
 
 def committed(method: str) -> Record:
-    """The oldest seed of a method's committed records."""
-    found = [record for record in RecordStore(ROOT / "results").all() if record.content["name"] == method]
+    """The oldest seed of a method's committed records, those by its own recipe."""
+    store = RecordStore(ROOT / "results")
+    records = [record for record in store.all() if record.file.parent == store.folder("digits")]
+    found = [record for record in records if record.content["name"] == method]
     return min(found, key=lambda record: record.seed)
 
 
