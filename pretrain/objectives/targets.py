@@ -76,6 +76,11 @@ class Target(nn.Module):
         """Whether a centre is kept from one step to the next."""
         return self.centring in ("logit", "prob_logmean_ema", "prob_ema_log")
 
+    @property
+    def couples_rows(self) -> bool:
+        """Whether the target of a row depends on the others of the batch, so that they cannot be made one by one."""
+        return self.centring in ("sinkhorn", "softmax_batch")
+
     @torch.no_grad()
     def forward(self, logits: Tensor, temperature: float, log_normaliser: Tensor | None = None) -> Tensor:
         """Untempered teacher logits [R, K] -> probabilities [R, K]; remembers what `update` needs."""
@@ -96,7 +101,7 @@ class Target(nn.Module):
             self._remember_rows(logits, tempered)
         if self.centring == "none":
             return tempered
-        if self.centring in ("sinkhorn", "softmax_batch"):
+        if self.couples_rows:
             return tempered.add_(sinkhorn_potentials(tempered, self.iterations))
         return tempered.sub_(self.center / temperature if self.centring == "logit" else self.center)
 

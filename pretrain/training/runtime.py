@@ -31,6 +31,11 @@ class RuntimeConfig(BaseModel):
     """auto = bf16 autocast on a GPU that has it, fp32 elsewhere. fp64 is for tests of exactness."""
     compile: bool = False
     """torch.compile of the transformer blocks."""
+    max_logits_bytes: int | None = Field(default=None, ge=1)
+    """Memory of the logits between K prototypes and the rows of a batch: the loss forms them for as many images (or
+    masked patches) at a time as fit, one at least. None forms the targets of a batch at once. What couples the rows of
+    a batch keeps every logit whatever is set here: target.centring=sinkhorn or softmax_batch (the targets) and
+    regularizer.mean_entropy (the student's logits)."""
     accumulate: int = Field(default=1, ge=1)
     """Micro-batches per optimiser step; the science (batch_size) stays."""
     workers: int = Field(default=4, ge=0)
