@@ -9,7 +9,8 @@ import contextlib
 import dataclasses
 import os
 import random
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from pretrain.errors import DinobenchError
+
+T = TypeVar("T")
 
 
 class RuntimeConfig(BaseModel):
@@ -38,6 +41,8 @@ class RuntimeConfig(BaseModel):
     regularizer.mean_entropy (the student's logits)."""
     accumulate: int = Field(default=1, ge=1)
     """Micro-batches per optimiser step; the science (batch_size) stays."""
+    gradient_compression: Literal["none", "bf16"] = "none"
+    """bf16: gradients travel between ranks in half the bytes, rounded to 8 bits of precision. Nothing on one rank."""
     workers: int = Field(default=4, ge=0)
     """Processes that decode images; data sets held in memory need none."""
     threads: int = Field(default=0, ge=0)
@@ -123,12 +128,34 @@ def all_reduce_max(tensor: Tensor) -> Tensor:
     return top
 
 
-def all_reduce_logsumexp(tensor: Tensor) -> Tensor:
-    """log sum over ranks of exp(tensor), element by element, shifted by the maximum."""
+def begin_sum(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start summing `tensor` over ranks and give the function that waits for the sum.
+
+    Meanwhile every rank may start other collectives, all of them in the same order.
+    """
     if world_size() == 1:
-        return tensor
-    top = all_reduce_max(tensor)
-    return all_reduce_sum((tensor - top).exp()).log() + top
+        return lambda: tensor
+    total = tensor.clone()
+    work = dist.all_reduce(total, async_op=True)
+    return lambda: _arrived(work, total)
+
+
+def begin_logsumexp(tensor: Tensor) -> Callable[[], Tensor]:
+    """Like `begin_sum` for log sum over ranks of exp(tensor), element by element.
+
+    The ranks' tensors are gathered: a maximum followed by a sum would be two messages, the second after the first.
+    """
+    if world_size() == 1:
+        return lambda: tensor
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    work = dist.all_gather(parts, tensor.contiguous(), async_op=True)
+    return lambda: torch.stack(_arrived(work, parts)).logsumexp(0)
+
+
+def _arrived(work: dist.Work | None, result: T) -> T:
+    assert work is not None  # only ranks outside of the group get none
+    work.wait()
+    return result
 
 
 def _device(name: str, local_rank: int) -> torch.device:

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.data.loader import Batch
 from pretrain.errors import DinobenchError, UsageError
 from pretrain.methods.method import Method, load_method
 from pretrain.models import checkpoint
 from pretrain.models.backbones import check_image_sizes
-from pretrain.training import optim, schedules
+from pretrain.training import distributed, optim, schedules
 from pretrain.training.recipe import Recipe
 from pretrain.training.runtime import Runtime, seed_everything
 
@@ -136,7 +135,7 @@ class Trainer:
         if self.runtime.device.type == "cuda":
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
             self.method.teacher = nn.SyncBatchNorm.convert_sync_batchnorm(self.method.teacher)
-        self.method.distribute(DistributedDataParallel(student, gradient_as_bucket_view=True))
+        self.method.distribute(distributed.replicate(student, self.recipe.runtime.gradient_compression))
 
 
 def local_batch_size(batch_size: int, world_size: int, accumulate: int) -> int:

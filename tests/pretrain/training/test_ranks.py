@@ -16,6 +16,7 @@ METHODS = method_names()
 FOUR_RANKS = ["dino", "dino_vmf", "ibot", "dinov2"]
 EPOCH, STEPS = range(3), range(6)
 CLOSE = {"rtol": 1e-6, "atol": 1e-8}
+COMPRESSED = ("dino_vmf", "optim.clip=0")
 
 
 def _join(rank, size, folder):
@@ -26,7 +27,16 @@ def _rank_of_two(rank, folder):
     _join(rank, 2, folder)
     for method in METHODS:
         torch.save(run_steps(tiny_trainer(tiny_recipe(method), rank, 2), EPOCH), f"{folder}/{method}.2.{rank}.pt")
+    parts = tiny_trainer(tiny_recipe("dino_vmf", "runtime.accumulate=2"), rank, 2)
+    torch.save(run_steps(parts, EPOCH), f"{folder}/parts.{rank}.pt")
+    compressed = tiny_trainer(tiny_recipe(*COMPRESSED, "runtime.gradient_compression=bf16"), rank, 2)
+    torch.save(_gradient(compressed), f"{folder}/bf16.{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def _gradient(trainer):
+    run_steps(trainer, range(1))
+    return {name: p.grad.clone() for name, p in trainer.method.student.named_parameters()}
 
 
 def _rank_of_four(rank, folder):
@@ -76,6 +86,24 @@ def test_two_ranks_of_b_equal_one_rank_of_2b(method, two_ranks):
     alone = run_steps(tiny_trainer(tiny_recipe(method)), EPOCH)
     for rank in range(2):
         assert_equal(alone, _weights(two_ranks, f"{method}.2.{rank}"), **CLOSE)
+
+
+def test_micro_batches_on_two_ranks_equal_one_batch_on_one(two_ranks):
+    alone = run_steps(tiny_trainer(tiny_recipe("dino_vmf")), EPOCH)
+    for rank in range(2):
+        assert_equal(alone, _weights(two_ranks, f"parts.{rank}"), **CLOSE)
+
+
+def test_compressed_gradients_are_those_of_one_rank_up_to_the_rounding_of_bf16(two_ranks):
+    exact = _gradient(tiny_trainer(tiny_recipe(*COMPRESSED)))
+    first, second = (_weights(two_ranks, f"bf16.{rank}") for rank in range(2))
+    assert_equal(first, second, rtol=0, atol=0)
+    difference, size = (
+        torch.cat([tensor.flatten() for tensor in tensors]).norm()
+        for tensors in ([first[name] - exact[name] for name in exact], exact.values())
+    )
+    # three roundings of at most 2^-9 each: both ranks' gradients and their sum
+    assert 2**-12 < difference / size < 2**-7
 
 
 @pytest.mark.slow
