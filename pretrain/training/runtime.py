@@ -34,6 +34,9 @@ class RuntimeConfig(BaseModel):
     """auto = bf16 autocast on a GPU that has it, fp32 elsewhere. fp64 is for tests of exactness."""
     compile: bool = False
     """torch.compile of the transformer blocks."""
+    checkpoint_activations: bool = False
+    """Keep the input of each of the student's blocks alone and compute its activations again in the backward pass: less
+    memory for about a third more work of the student."""
     max_logits_bytes: int | None = Field(default=None, ge=1)
     """Memory of the logits between K prototypes and the rows of a batch: the loss forms them for as many images (or
     masked patches) at a time as fit, one at least. None forms the targets of a batch at once. What couples the rows of

@@ -14,6 +14,7 @@ from pretrain.errors import DinobenchError, UsageError
 from pretrain.methods.method import Method, load_method
 from pretrain.models import checkpoint
 from pretrain.models.backbones import check_image_sizes
+from pretrain.models.recompute import recompute_activations
 from pretrain.training import distributed, optim, schedules
 from pretrain.training.recipe import Recipe
 from pretrain.training.runtime import Runtime, seed_everything
@@ -36,6 +37,8 @@ class Trainer:
         self.weight_decays = schedules.cosine(
             config.weight_decay, config.weight_decay_end, plan.epochs, plan.steps_per_epoch
         )
+        if recipe.runtime.checkpoint_activations:
+            recompute_activations(self.method.student.backbone)
         if recipe.runtime.compile:
             _compile_blocks(self.method)
         if runtime.world_size > 1:
