@@ -54,6 +54,9 @@ class RuntimeConfig(BaseModel):
     """Steps between two reads of the metrics: the only moments at which the host waits for the device."""
     stop_on_collapse: bool = False
 
+    max_minutes: float | None = Field(default=None, gt=0)
+    """End the training after this time as SIGTERM does: with a checkpoint, to be resumed. Counted from its first step;
+    the step in progress is finished, with several ranks the logging interval."""
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:

@@ -74,6 +74,27 @@ def test_stopping_at_any_step_and_resuming_gives_the_same_weights_and_log(stop_a
     assert without_speed(parts) == without_speed(whole)
 
 
+def test_after_its_minutes_a_run_stops_with_a_checkpoint_and_goes_on_when_resumed(tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr("pretrain.training.stop.monotonic", lambda: clock[0])
+
+    def progress(state):
+        clock[0] += 50
+
+    recipe = _recipe("runtime.max_minutes=3")  # 180 s of steps of 50 s: the fourth ends after them
+    folder = tmp_path / "parts"
+    outcomes = [train(recipe, folder=folder, progress=progress, resume=True) for _ in range(3)]
+    assert [(outcome.status, outcome.step) for outcome in outcomes] == [
+        ("interrupted", 4),
+        ("interrupted", 8),
+        ("finished", 10),
+    ]
+    assert outcomes[0].note == "runtime.max_minutes"
+    train(_recipe(), folder=tmp_path / "whole")
+    for name, value in _weights(tmp_path / "whole").items():
+        assert torch.equal(value, _weights(folder)[name]), name
+
+
 def test_checkpoints_are_announced_kept_up_to_the_limit_and_last_is_whole(tmp_path):
     announced = []
     recipe = _recipe("schedule.epochs=4", "checkpoint.keep=2", "checkpoint.every_steps=2")
