@@ -46,17 +46,19 @@ class RuntimeConfig(BaseModel):
     """Micro-batches per optimiser step; the science (batch_size) stays."""
     gradient_compression: Literal["none", "bf16"] = "none"
     """bf16: gradients travel between ranks in half the bytes, rounded to 8 bits of precision. Nothing on one rank."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """fsdp: each rank keeps a part of the backbones, for those that do not fit. Experimental. Nothing on one rank."""
     workers: int = Field(default=4, ge=0)
     """Processes that decode images; data sets held in memory need none."""
     threads: int = Field(default=0, ge=0)
     """CPU threads of torch; 0 leaves torch's choice."""
     log_every: int = Field(default=50, ge=1)
     """Steps between two reads of the metrics: the only moments at which the host waits for the device."""
-    stop_on_collapse: bool = False
-
     max_minutes: float | None = Field(default=None, gt=0)
     """End the training after this time as SIGTERM does: with a checkpoint, to be resumed. Counted from its first step;
     the step in progress is finished, with several ranks the logging interval."""
+    stop_on_collapse: bool = False
+
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:

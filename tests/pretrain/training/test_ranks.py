@@ -9,13 +9,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pretrain.errors import UsageError
 from pretrain.methods.method import method_names
+from pretrain.models import checkpoint
+from pretrain.training.sharding import local_part, refuse_unshardable
 from tests.pretrain.training.tiny import assert_equal, run_steps, tiny_recipe, tiny_trainer
 
 METHODS = method_names()
 FOUR_RANKS = ["dino", "dino_vmf", "ibot", "dinov2"]
 EPOCH, STEPS = range(3), range(6)
 CLOSE = {"rtol": 1e-6, "atol": 1e-8}
+SHARDED = ["dino_vmf", "ibot", "dinov2"]  # clipping each tensor or each module, a mask token, Sinkhorn-Knopp
 COMPRESSED = ("dino_vmf", "optim.clip=0")
 
 
@@ -31,7 +35,33 @@ def _rank_of_two(rank, folder):
     torch.save(run_steps(parts, EPOCH), f"{folder}/parts.{rank}.pt")
     compressed = tiny_trainer(tiny_recipe(*COMPRESSED, "runtime.gradient_compression=bf16"), rank, 2)
     torch.save(_gradient(compressed), f"{folder}/bf16.{rank}.pt")
+    for method in SHARDED:
+        _train_sharded(method, rank, folder)
     torch.distributed.destroy_process_group()
+
+
+def _train_sharded(method, rank, folder):
+    """Train for an epoch, write a checkpoint, and let other trainers of it train for another."""
+    recipe = tiny_recipe(method, "runtime.sharding=fsdp", "runtime.accumulate=2" if method == "ibot" else "seed=0")
+    trainer = tiny_trainer(recipe, rank, 2)
+    run_steps(trainer, EPOCH)
+    _save(trainer, folder / f"{method}.sharded", len(EPOCH))
+    resumed = tiny_trainer(recipe, rank, 2)
+    first = resumed.restore(folder / f"{method}.sharded")
+    run_steps(resumed, STEPS[first:])
+    _save(resumed, folder / f"{method}.sharded.more", len(STEPS))
+    backbone = list(trainer.method.student.backbone.parameters())
+    share = sum(local_part(p).numel() for p in backbone) / sum(p.numel() for p in backbone)
+    torch.save(torch.tensor(share), f"{folder}/{method}.share.{rank}.pt")
+
+
+def _save(trainer, path, step):
+    """As the loop does: rank 0 writes, the others give their parts."""
+    if trainer.runtime.is_main:
+        trainer.save(path, step)
+    else:
+        trainer.state(step)
+    torch.distributed.barrier()
 
 
 def _gradient(trainer):
@@ -104,6 +134,42 @@ def test_compressed_gradients_are_those_of_one_rank_up_to_the_rounding_of_bf16(t
     )
     # three roundings of at most 2^-9 each: both ranks' gradients and their sum
     assert 2**-12 < difference / size < 2**-7
+
+
+def _saved(path):
+    payload = checkpoint.read(path)
+    networks = {f"{net}.{name}": value for net in ("student", "teacher") for name, value in payload[net].items()}
+    return {name: value for name, value in {**networks, **payload["target"]}.items() if "health" not in name}
+
+
+@pytest.mark.parametrize("method", SHARDED)
+def test_sharded_backbones_train_like_whole_ones_and_their_checkpoint_goes_on_without_sharding(method, two_ranks):
+    alone = tiny_trainer(tiny_recipe(method))
+    assert_equal(run_steps(alone, EPOCH), _saved(two_ranks / f"{method}.sharded"), **CLOSE)
+    unsharded = tiny_trainer(tiny_recipe(method))
+    assert unsharded.restore(two_ranks / f"{method}.sharded") == len(EPOCH)
+    straight = run_steps(alone, STEPS[len(EPOCH) :])
+    assert_equal(straight, run_steps(unsharded, STEPS[len(EPOCH) :]), **CLOSE)
+    assert_equal(straight, _saved(two_ranks / f"{method}.sharded.more"), **CLOSE)
+
+
+@pytest.mark.parametrize("method", SHARDED)
+def test_a_rank_holds_its_share_of_a_sharded_backbone(method, two_ranks):
+    shares = [float(_weights(two_ranks, f"{method}.share.{rank}")) for rank in range(2)]
+    assert sum(shares) == pytest.approx(1) and max(shares) < 0.6
+
+
+@pytest.mark.parametrize(
+    ("method", "override", "message"),
+    [
+        ("dino", "optim.name=lars", "optim.name=lars.*use adamw"),
+        ("dinov2", "regularizer.gram=1", "regularizer.gram"),
+        ("dino", "runtime.gradient_compression=bf16", "set it to none"),
+    ],
+)
+def test_what_cannot_be_sharded_is_told(method, override, message):
+    with pytest.raises(UsageError, match=message):
+        refuse_unshardable(tiny_recipe(method, "runtime.sharding=fsdp", override))
 
 
 @pytest.mark.slow
