@@ -15,7 +15,8 @@ from pretrain.training.runtime import Runtime, all_reduce_sum
 class StopSignal:
     """SIGTERM and SIGINT end the training after the current step and a checkpoint; a second SIGINT ends it at once.
 
-    So does the first step that ends `max_minutes` or later after this object was made.
+    So do SIGUSR1 and SIGUSR2, which SLURM sends before the time of a job ends, and the first step that ends
+    `max_minutes` or later after this object was made.
     """
 
     def __init__(self, runtime: Runtime, max_minutes: float | None = None):
@@ -25,7 +26,7 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
                 self._old[number] = signal.signal(number, self._note)
         return self
 

@@ -45,10 +45,10 @@ def _recorder():
     return lines, lambda metrics, step: lines.append((step, metrics))
 
 
-def _interrupt_at(step):
+def _interrupt_at(step, number=signal.SIGTERM):
     def progress(state):
         if state.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     return progress
 
@@ -93,6 +93,13 @@ def test_after_its_minutes_a_run_stops_with_a_checkpoint_and_goes_on_when_resume
     train(_recipe(), folder=tmp_path / "whole")
     for name, value in _weights(tmp_path / "whole").items():
         assert torch.equal(value, _weights(folder)[name]), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_the_signals_of_slurm_end_a_training_with_a_checkpoint(number, tmp_path):
+    outcome = train(_recipe(), folder=tmp_path, progress=_interrupt_at(2, number))
+    assert (outcome.status, outcome.step, outcome.note) == ("interrupted", 2, number.name)
+    assert checkpoint.read(tmp_path / "checkpoints" / "last.pt")["step"] == 2
 
 
 def test_checkpoints_are_announced_kept_up_to_the_limit_and_last_is_whole(tmp_path):
