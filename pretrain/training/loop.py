@@ -101,6 +101,7 @@ def create_loader(recipe: Recipe, runtime: Runtime) -> Loader:
         masks=recipe.masks,
         grid=_patch_grid(recipe),
     )
+        cache=recipe.data.cache,
 
 
 def _patch_grid(recipe: Recipe) -> tuple[int, int] | None:
