@@ -28,12 +28,19 @@ def run_pretraining(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the unfinished run of this recipe.")] = False,
     new: Annotated[bool, typer.Option("--new", help="Start another run of a recipe that has one.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe and where each value is from.")] = False,
+    slurm: Annotated[
+        str | None,
+        typer.Option(metavar="NAME=VALUE,...", help="Run as a SLURM job, like partition=gpu,nodes=2,gpus_per_node=8."),
+    ] = None,
     evaluate: Annotated[bool, typer.Option("--eval/--no-eval", help="Evaluate the checkpoints at the end.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Pretrain a method, evaluate its checkpoints, print the numbers.
 
     The same command finds its run again: a finished one prints its result, an unfinished one goes on with --resume.
+    With --slurm it is submitted, once per GPU; NAME is an option of sbatch, or nodes, gpus_per_node, cpus_per_task,
+    mem_gb and timeout_min (24 hours unless given). Before that time ends it writes a checkpoint and queues itself
+    again.
     """
     from dinobench.reporter import Reporter
     from pretrain.errors import UsageError
@@ -45,15 +52,41 @@ def run_pretraining(
     recipe = resolve(method, preset=preset, data=data, seed=seed, overrides=overrides or ())
     if dry_run:
         return _print_recipe(recipe, as_json)
+    if slurm is not None:
+        given = {"--preset": preset, "--data": data, "--output": output, "--seed": seed}
+        flags = {"--resume": resume, "--new": new, "--no-eval": not evaluate}
+        arguments = ["pretrain", method, *(overrides or ())]
+        arguments += [text for name, value in given.items() if value is not None for text in (name, str(value))]
+        return _submit(recipe, slurm, [*arguments, *(name for name, on in flags.items() if on)], output, as_json)
     from dinobench.train import Request, pretrain
 
     reporter = Reporter(silent=not is_main_process())
+    if recipe.runtime.sharding != "none":
+        reporter.warn("runtime.sharding is experimental: it was tested on CPUs only")
     if recipe.preset:
         reporter.say(f"{method} at preset {recipe.preset} (--preset takes {', '.join(preset_names())})")
     command = shlex.join(["dinobench", *sys.argv[1:]])
     summary = pretrain(recipe, Request(output, command, resume, new, evaluate), reporter)
     if summary is not None:
         _finish(summary, output, as_json)
+
+
+def _submit(recipe: Recipe, text: str, arguments: list[str], output: Path, as_json: bool) -> None:
+    """Submit the command; what can be told to be wrong is told now, not when the job starts."""
+    from dinobench import slurm
+    from dinobench.cli.output import print_json, print_text
+    from pretrain.training.trainer import local_batch_size
+    from suites.suite import load_suite
+
+    options = {"cpus_per_task": recipe.runtime.workers + 1, **slurm.parse_options(text)}
+    local_batch_size(recipe.optim.batch_size, slurm.num_ranks(options), recipe.runtime.accumulate)
+    for name in recipe.evaluation.suites:
+        load_suite(name)
+    job = slurm.submit(arguments, options, output / "slurm")
+    document = {"job": job.job_id, "log": str(job.paths.stdout), "errors": str(job.paths.stderr)}
+    if as_json:
+        return print_json(document)
+    print_text(f"submitted job {document['job']}; it writes to {document['log']} and {document['errors']}")
 
 
 def _print_recipe(recipe: Recipe, as_json: bool) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -46,6 +47,9 @@ class DataConfig(BaseModel):
     """Short side (pixels) to which images are brought before the views are cut; None leaves them as they are."""
     max_bad_images: float = Field(default=MAX_BAD_IMAGES, ge=0, le=1)
     """Share of unreadable images up to which a set is accepted."""
+    cache: Literal["auto", "device", "none"] = "auto"
+    """Which sets lie on the training device as uint8: of `auto` those of one image size that decode to 2 GiB or less,
+    with `device` any set, which is refused where it does not fit. Changes no view and no run's identity."""
 
     @property
     def label(self) -> str:

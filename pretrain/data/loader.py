@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,12 +17,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from pretrain.data.images import ImageSet
 from pretrain.data.masks import MaskConfig, Masks, MaskSampler
+from pretrain.data.pixel_cache import PixelCache, fits
 from pretrain.data.random_bits import mix_words
 from pretrain.data.views import ViewsConfig
 from pretrain.data.views_batched import BatchedViews
 from pretrain.data.views_pil import PilViews
 from pretrain.errors import UsageError
 
+Cache = Literal["auto", "device", "none"]
 Key = tuple[int, int]
 """Epoch and number of an image: what its views depend on."""
 
@@ -72,6 +75,7 @@ class Loader:
         device: Where the views are wanted, and where batched views are computed.
         masks: How patches of the global views are masked.
         grid: Rows and columns of patches of a global view; needed with masks.
+        cache: Which images lie on the device, see `DataConfig`.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class Loader:
         device: torch.device | str = "cpu",
         masks: MaskConfig | None = None,
         grid: tuple[int, int] | None = None,
+        cache: Cache = "auto",
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
             raise UsageError(f"a batch of {batch_size} images cannot be shared by {world_size} processes")
@@ -95,7 +100,12 @@ class Loader:
                 f"the dataset {images.name} {images.split} has {len(images)} images, "
                 f"fewer than the batch of {batch_size}: lower the batch size or use more images"
             )
-        self.images, self.views, self.seed = images, views, seed
+        if cache == "device" and views.backend != "batched":
+            raise UsageError(
+                f"data.cache=device needs views that are made on the device, found views.backend={views.backend}: set "
+                "views.backend=batched or data.cache=auto"
+            )
+        self.images, self.views, self.seed, self.cache = images, views, seed, cache
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.workers, self.device = workers, torch.device(device)
         self.steps_per_epoch = len(images) // batch_size
@@ -107,7 +117,7 @@ class Loader:
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """Batches from this step (counted from the start of training) on, without end."""
-        if self.views.backend == "batched" and self.images.array is not None:
+        if self.views.backend == "batched" and (self.cache == "device" or self.images.array is not None):
             return self._from_memory(start_step)
         return self._from_workers(start_step)
 
@@ -136,17 +146,16 @@ class Loader:
         return Masks(mask, places, weight, masks.counts)
 
     def _from_memory(self, step: int) -> Iterator[Batch]:
-        """The whole set lies on the device; a batch is a gather and the batched views."""
-        assert self.images.array is not None
-        array = self.images.array
-        if array.stride(1) == 0:
-            array = array[:, :1]  # a gray set: one channel is enough
-        array = array.to(self.device)
-        make = BatchedViews(self.views, self.seed)
+        """The whole set lies in memory, of the device where it is wanted there; a batch is a gather and the views."""
+        array, place = self.images.array, self.device
+        if self.cache == "none" or (self.cache == "auto" and array is not None and not fits(array.numel(), place)):
+            place = torch.device("cpu")
+        cache, make = PixelCache(self.images, place, self.workers), BatchedViews(self.views, self.seed)
         while True:
             epoch, index = self.index(step)
             on_device = self._to_device(index)
-            views = make(array.index_select(0, on_device), None, index, epoch)
+            pixels, sizes = cache.batch(index, on_device if place == self.device else index)
+            views = make(self._to_device(pixels), sizes, index, epoch)
             yield Batch(views, on_device, epoch, self._masks(index, epoch, step))
             step += 1
 

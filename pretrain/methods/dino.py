@@ -23,7 +23,8 @@ from pretrain.data.loader import Batch
 from pretrain.errors import UsageError
 from pretrain.methods.siamese import NUM_TEACHER_VIEWS, Siamese
 from pretrain.models.network import Outputs
-from pretrain.objectives.losses import multi_view_cross_entropy, multi_view_mse
+from pretrain.objectives.chunks import num_rows, sum_over_chunks
+from pretrain.objectives.losses import LIVE_LOGITS, multi_view_cross_entropy, multi_view_mse
 from pretrain.objectives.regularizers import koleo, koleo_prototypes, mean_entropy
 from pretrain.objectives.targets import Target
 from pretrain.training.health import Health
@@ -72,7 +73,7 @@ class Dino(Siamese):
     def parts(self, student: Outputs, teacher: Outputs, batch: Batch, step: int) -> dict[str, Tensor]:
         """The terms of the objective by metric name, unweighted."""
         config = self.recipe.regularizer
-        parts = {"loss/image": self.image_loss(student, self.image_targets(teacher, step))}
+        parts = {"loss/image": self.image_term(student, teacher, step)}
         if config.koleo:
             views = student.features[:NUM_TEACHER_VIEWS]
             # each global view alone: the two crops of an image are meant to be neighbours
@@ -92,6 +93,31 @@ class Dino(Siamese):
         names = ("koleo", "mean_entropy", "koleo_proto")
         chosen = {f"loss/{name}": getattr(config, name) for name in names if getattr(config, name)}
         return {"loss/image": self.recipe.objective.image_weight, **chosen}
+
+    def image_term(self, student: Outputs, teacher: Outputs, step: int) -> Tensor:
+        """`image_loss` of `image_targets`, a scalar; with runtime.max_logits_bytes of some images at a time."""
+        batch, rows = student.z.shape[1], self._images_at_a_time(student, teacher)
+        if rows >= batch:
+            return self.image_loss(student, self.image_targets(teacher, step))
+
+        def term(z: Tensor, vectors: Tensor, images: slice) -> Tensor:
+            ours = student._replace(features=student.features[:, images], z=z, vectors=vectors)
+            theirs = teacher._replace(features=teacher.features[:, images], z=teacher.z[:, images])
+            return self.image_loss(ours, self.image_targets(theirs, step)) * (z.shape[1] / batch)
+
+        assert student.vectors is not None
+        total = sum_over_chunks(term, student.z, student.vectors, rows)
+        self.health.observe_features(teacher.features.flatten(0, 1))  # of the batch, not of its last images
+        return total
+
+    def _images_at_a_time(self, student: Outputs, teacher: Outputs) -> int:
+        """Images whose logits fit in runtime.max_logits_bytes; all of them where targets couple the images."""
+        limit, batch = self.recipe.runtime.max_logits_bytes, student.z.shape[1]
+        if limit is None or self.target.couples_rows:
+            return batch
+        assert student.vectors is not None
+        num_logits = (len(student.z) + len(teacher.z)) * len(student.vectors)
+        return num_rows(limit, LIVE_LOGITS[self.recipe.objective.loss] * num_logits * student.vectors.element_size())
 
     def image_loss(self, student: Outputs, target: Tensor) -> Tensor:
         """Mean over (teacher view, other student view) pairs and images: targets [G, B, K] -> scalar."""

@@ -19,6 +19,8 @@ Shapes: G = 2 masked views, B images, N patches, M masked patches of all G x B c
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,8 @@ from pretrain.methods.dino import Dino
 from pretrain.methods.siamese import NUM_TEACHER_VIEWS
 from pretrain.models.backbones import create_backbone, masked_tokens
 from pretrain.models.network import Outputs
-from pretrain.objectives.losses import masked_cross_entropy, max_chunk_logits
+from pretrain.objectives.chunks import num_rows, sum_over_chunks
+from pretrain.objectives.losses import LIVE_LOGITS, masked_cross_entropy, max_chunk_logits
 from pretrain.objectives.regularizers import gram_loss
 from pretrain.objectives.targets import Target
 from pretrain.training.recipe import Recipe
@@ -67,8 +70,7 @@ class Ibot(Dino):
     def parts(self, student: Outputs, teacher: Outputs, batch: Batch, step: int) -> dict[str, Tensor]:
         parts = super().parts(student, teacher, batch, step)
         assert batch.masks is not None
-        target = self.patch_targets(teacher, batch.masks, step)
-        parts["loss/patch"] = self.patch_loss(student, target, batch.masks)
+        parts["loss/patch"] = self.patch_term(student, teacher, batch.masks, step)
         if self.gram_teacher is not None:
             parts["loss/gram"] = self.gram_term(student, batch, step)
         return parts
@@ -97,29 +99,70 @@ class Ibot(Dino):
         num_crops = masks.mask.shape[0] * masks.mask.shape[1]
         return masked_cross_entropy(student.patch_z, student.patch_vectors, bias, target, tau, masks.weight, num_crops)
 
+    def patch_term(self, student: Outputs, teacher: Outputs, masks: Masks, step: int) -> Tensor:
+        """`patch_loss` of `patch_targets`, a scalar; with runtime.max_logits_bytes of some patches at a time."""
+        rows = self._patches_at_a_time(len(masks.index))
+        if rows >= len(masks.index) or self.patch_target.couples_rows:
+            return self.patch_loss(student, self.patch_targets(teacher, masks, step), masks)
+        assert student.patch_z is not None and student.patch_vectors is not None
+        normaliser = self._patch_normaliser(teacher, step)
+        z = self._masked_rows(teacher, masks, normaliser, step)
+
+        def term(patch_z: Tensor, vectors: Tensor, patches: slice) -> Tensor:
+            ours = student._replace(patch_z=patch_z, patch_vectors=vectors)
+            target = self._targets_of(z[patches], teacher, normaliser, step)
+            some = dataclasses.replace(masks, index=masks.index[patches], weight=masks.weight[patches])
+            return self.patch_loss(ours, target, some)
+
+        return sum_over_chunks(term, student.patch_z, student.patch_vectors, rows)
+
     @torch.no_grad()
     def patch_targets(self, teacher: Outputs, masks: Masks, step: int) -> Tensor:
         """Teacher probabilities [M, K'] of the masked patches."""
+        normaliser = self._patch_normaliser(teacher, step)
+        return self._targets_of(self._masked_rows(teacher, masks, normaliser, step), teacher, normaliser, step)
+
+    @torch.no_grad()
+    def _masked_rows(self, teacher: Outputs, masks: Masks, normaliser: Tensor | None, step: int) -> Tensor:
+        """The teacher's z [M, P'] of the masked patches; where every patch moves the centre, they enter it here."""
         z, vectors = teacher.patch_z, teacher.patch_vectors
         assert z is not None and vectors is not None
+        if self.recipe.patch.center_tokens == "masked":
+            return z
+        self._center_on(z, vectors, self.patch_temperature(step), normaliser)
+        return z.index_select(0, masks.index)
+
+    @torch.no_grad()
+    def _targets_of(self, z: Tensor, teacher: Outputs, normaliser: Tensor | None, step: int) -> Tensor:
+        """Teacher probabilities of masked patches z [m, P'], some or all."""
+        assert teacher.patch_vectors is not None and self.health.patch is not None
+        remember = self.recipe.patch.center_tokens == "masked"
         tau = self.patch_temperature(step)
-        normaliser = self.teacher.patch_log_normaliser(tau, vectors)
-        all_patches = self.recipe.patch.center_tokens == "all"
-        if all_patches:
-            self._center_on(z, vectors, tau, normaliser)
-            z = z.index_select(0, masks.index)
-        logits = self.patch_target.centred(z @ vectors.T, tau, normaliser, remember=not all_patches)
+        logits = self.patch_target.centred(z @ teacher.patch_vectors.T, tau, normaliser, remember=remember)
         target = logits.softmax(-1)
-        assert self.health.patch is not None
         self.health.patch.observe(target, logits)
         return target
+
+    @torch.no_grad()
+    def _patch_normaliser(self, teacher: Outputs, step: int) -> Tensor | None:
+        assert teacher.patch_vectors is not None
+        return self.teacher.patch_log_normaliser(self.patch_temperature(step), teacher.patch_vectors)
 
     def _center_on(self, z: Tensor, vectors: Tensor, tau: float, normaliser: Tensor | None) -> None:
         """Let every patch [G B N, P'] enter the centre; their logits, where they are needed, a part at a time."""
         if self.patch_target.centring == "logit":  # the mean logit is linear in z
             return self.patch_target.remember_mean(z.mean(0) @ vectors.T, len(z))
-        for part in z.split(max(1, max_chunk_logits(z.device) // len(vectors))):
+        rows = max(1, max_chunk_logits(z.device) // len(vectors))
+        for part in z.split(min(rows, self._patches_at_a_time(rows))):
             self.patch_target.remember(part @ vectors.T, tau, normaliser)
+
+    def _patches_at_a_time(self, otherwise: int) -> int:
+        """Patches whose logits, the teacher's and the student's, fit in runtime.max_logits_bytes, if that is set."""
+        limit, prototypes = self.recipe.runtime.max_logits_bytes, self.student.patch_prototypes
+        if limit is None:
+            return otherwise
+        itemsize = next(prototypes.parameters()).element_size()
+        return num_rows(limit, 2 * LIVE_LOGITS["cross_entropy"] * prototypes.num * itemsize)
 
     def before_step(self, step: int) -> None:
         """Copy the teacher to the Gram teacher at the epochs set for it."""

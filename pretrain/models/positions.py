@@ -13,13 +13,14 @@ The two rules differ in the values (PROTOCOLS: official vision_transformer.py, `
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.errors import UsageError
@@ -86,9 +87,9 @@ class PositionalViT(VisionTransformer):
         if not reads_cls_only(self):
             return self.forward_head(self.norm(self._through(self.blocks, tokens)))
         *before, last = self.blocks
-        return self.forward_head(self.norm(cls_of(last, self._through(before, tokens))))
+        return self.forward_head(self.norm(self._through([*before, partial(cls_of, last)], tokens)))
 
-    def _through(self, blocks: Iterable[nn.Module], tokens: Tensor) -> Tensor:
+    def _through(self, blocks: Iterable[Callable[[Tensor], Tensor]], tokens: Tensor) -> Tensor:
         if self.grad_checkpointing and self.training:
             return checkpoint_seq(tuple(blocks), tokens)
         for block in blocks:

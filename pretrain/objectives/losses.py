@@ -24,6 +24,8 @@ from torch import Tensor
 MAX_CHUNK_LOGITS = 2**22
 """Logits held at a time on a CPU: 16 MiB stay in its caches, and the allocator keeps blocks under 32 MiB for reuse."""
 MAX_CHUNK_LOGITS_GPU = 2**30
+LIVE_LOGITS = {"cross_entropy": 2, "mse": 6}
+"""Tensors of one value per logit that a loss and its targets hold at a time, per student and teacher row, at most."""
 
 
 class ObjectiveConfig(BaseModel):

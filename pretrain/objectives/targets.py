@@ -19,6 +19,7 @@ Sinkhorn-Knopp keeps no centre: it finds one in the batch (DINOv2 `sinkhorn_knop
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -70,11 +71,19 @@ class Target(nn.Module):
         self.empty = -math.inf if config.centring.startswith("prob_") else 0.0
         self.register_buffer("statistic", torch.full((num_prototypes,), self.empty), persistent=False)
         self.num_rows = 0
+        self._arriving: Callable[[], Tensor] | None = None
+        self.register_state_dict_pre_hook(_settle)
+        self.register_load_state_dict_pre_hook(_settle)
 
     @property
     def has_memory(self) -> bool:
         """Whether a centre is kept from one step to the next."""
         return self.centring in ("logit", "prob_logmean_ema", "prob_ema_log")
+
+    @property
+    def couples_rows(self) -> bool:
+        """Whether the target of a row depends on the others of the batch, so that they cannot be made one by one."""
+        return self.centring in ("sinkhorn", "softmax_batch")
 
     @torch.no_grad()
     def forward(self, logits: Tensor, temperature: float, log_normaliser: Tensor | None = None) -> Tensor:
@@ -96,8 +105,9 @@ class Target(nn.Module):
             self._remember_rows(logits, tempered)
         if self.centring == "none":
             return tempered
-        if self.centring in ("sinkhorn", "softmax_batch"):
+        if self.couples_rows:
             return tempered.add_(sinkhorn_potentials(tempered, self.iterations))
+        self.settle()
         return tempered.sub_(self.center / temperature if self.centring == "logit" else self.center)
 
     @torch.no_grad()
@@ -126,25 +136,42 @@ class Target(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the centre by all rows seen since the last call, over all ranks; with no row anywhere it stays."""
+        """Move the centre by all rows seen since the last call, over all ranks; with no row anywhere it stays.
+
+        What the ranks saw travels between them during the next step: the centre moves when it is next used or saved,
+        or at `settle`. On one rank it moves at once.
+        """
         if not self.has_memory:
             return
-        m, count = self.momentum, torch.full_like(self.statistic[:1], self.num_rows)
+        self.settle()
+        count = torch.full_like(self.statistic[:1], self.num_rows)
         if self.centring == "logit":
-            total = runtime.all_reduce_sum(torch.cat([self.statistic, count]))
+            self._arriving = runtime.begin_sum(torch.cat([self.statistic, count]))
+        else:
+            self._arriving = runtime.begin_logsumexp(torch.cat([self.statistic, count.log()]))
+        self.statistic.fill_(self.empty)
+        self.num_rows = 0
+        if runtime.world_size() == 1:
+            self.settle()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Wait for what `update` sent to the other ranks, and move the centre. No rank waits for another's call."""
+        if self._arriving is None:
+            return
+        total, m = self._arriving(), self.momentum
+        self._arriving = None
+        if self.centring == "logit":
             mean, seen = total[:-1] / total[-1], total[-1] > 0
             new = m * self.center + (1 - m) * mean
         else:
-            log_total = runtime.all_reduce_logsumexp(torch.cat([self.statistic, count.log()]))
-            log_mean, seen = log_total[:-1] - log_total[-1], log_total[-1] > -math.inf
+            log_mean, seen = total[:-1] - total[-1], total[-1] > -math.inf
             if self.centring == "prob_logmean_ema":
                 new = m * self.center + (1 - m) * log_mean
             else:
                 old = self.center + (math.log(m) if m > 0 else -math.inf)
                 new = torch.logaddexp(old, log_mean + (math.log(1 - m) if m < 1 else -math.inf))
         self.center.copy_(torch.where(seen, new, self.center))
-        self.statistic.fill_(self.empty)
-        self.num_rows = 0
 
     def _remember_rows(self, logits: Tensor, tempered: Tensor) -> None:
         if self.centring == "logit":
@@ -158,6 +185,11 @@ class Target(nn.Module):
         else:
             self.statistic.copy_(torch.logaddexp(self.statistic, statistic))
         self.num_rows += num_rows
+
+
+def _settle(target: Target, *_: object) -> None:
+    """Before a state is read or replaced."""
+    target.settle()
 
 
 def _tempered(logits: Tensor, temperature: float, log_normaliser: Tensor | None) -> Tensor:

@@ -32,6 +32,7 @@ class CheckpointFolder:
     def write(self, trainer: Trainer, step: int, *, kept: bool) -> None:
         """Write last.pt; a kept checkpoint is the same file under a second name. Only rank 0 writes."""
         if not self.writes:
+            trainer.state(step)  # what is sharded is put together by all ranks
             return
         if not kept:
             trainer.save(self.last, step)

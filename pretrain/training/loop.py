@@ -57,7 +57,7 @@ def train(
     files = CheckpointFolder(folder / "checkpoints", recipe.checkpoint.keep, writes=runtime.is_main)
     first = trainer.restore(files.last) if resume and files.last.is_file() else 0
     meter = Meter(trainer, plan, recipe, log, progress)
-    stop = StopSignal(runtime)
+    stop = StopSignal(runtime, recipe.runtime.max_minutes)
 
     with stop:
         for step, batch in zip(range(first, plan.total_steps), loader.batches(first), strict=False):
@@ -101,6 +101,7 @@ def create_loader(recipe: Recipe, runtime: Runtime) -> Loader:
         masks=recipe.masks,
         grid=_patch_grid(recipe),
     )
+        cache=recipe.data.cache,
 
 
 def _patch_grid(recipe: Recipe) -> tuple[int, int] | None:

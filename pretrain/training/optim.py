@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from pretrain.errors import UsageError
+from pretrain.training.sharding import local_part, norms
 
 
 class OptimConfig(BaseModel):
@@ -130,7 +131,7 @@ def clip(parts: list[list[nn.Parameter]], max_norm: float, scope: Literal["tenso
         _clip_each((parameter for part in parts for parameter in part), max_norm)
         return
     for part in parts:
-        nn.utils.clip_grad_norm_(part, max_norm)
+        _clip_together(part, max_norm)
 
 
 @torch.no_grad()
@@ -139,9 +140,18 @@ def _clip_each(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return
-    norms = torch._foreach_norm(gradients)
-    factors = (max_norm / (torch.stack(norms) + 1e-6)).clamp_(max=1.0)
-    torch._foreach_mul_(gradients, list(factors.unbind()))
+    factors = (max_norm / (norms(gradients) + 1e-6)).clamp_(max=1.0)
+    torch._foreach_mul_([local_part(gradient) for gradient in gradients], list(factors.unbind()))
+
+
+@torch.no_grad()
+def _clip_together(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+    """Scale gradients whose norm, taken as one vector, exceeds `max_norm`, without a host sync."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return
+    factor = (max_norm / (norms(gradients).norm() + 1e-6)).clamp_(max=1.0)
+    torch._foreach_mul_([local_part(gradient) for gradient in gradients], factor)
 
 
 def _layer(name: str, depth: int) -> int:

@@ -9,7 +9,8 @@ import contextlib
 import dataclasses
 import os
 import random
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from pretrain.errors import DinobenchError
+
+T = TypeVar("T")
 
 
 class RuntimeConfig(BaseModel):
@@ -31,14 +34,29 @@ class RuntimeConfig(BaseModel):
     """auto = bf16 autocast on a GPU that has it, fp32 elsewhere. fp64 is for tests of exactness."""
     compile: bool = False
     """torch.compile of the transformer blocks."""
+    checkpoint_activations: bool = False
+    """Keep the input of each of the student's blocks alone and compute its activations again in the backward pass: less
+    memory for about a third more work of the student."""
+    max_logits_bytes: int | None = Field(default=None, ge=1)
+    """Memory of the logits between K prototypes and the rows of a batch: the loss forms them for as many images (or
+    masked patches) at a time as fit, one at least. None forms the targets of a batch at once. What couples the rows of
+    a batch keeps every logit whatever is set here: target.centring=sinkhorn or softmax_batch (the targets) and
+    regularizer.mean_entropy (the student's logits)."""
     accumulate: int = Field(default=1, ge=1)
     """Micro-batches per optimiser step; the science (batch_size) stays."""
+    gradient_compression: Literal["none", "bf16"] = "none"
+    """bf16: gradients travel between ranks in half the bytes, rounded to 8 bits of precision. Nothing on one rank."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """fsdp: each rank keeps a part of the backbones, for those that do not fit. Experimental. Nothing on one rank."""
     workers: int = Field(default=4, ge=0)
     """Processes that decode images; data sets held in memory need none."""
     threads: int = Field(default=0, ge=0)
     """CPU threads of torch; 0 leaves torch's choice."""
     log_every: int = Field(default=50, ge=1)
     """Steps between two reads of the metrics: the only moments at which the host waits for the device."""
+    max_minutes: float | None = Field(default=None, gt=0)
+    """End the training after this time as SIGTERM does: with a checkpoint, to be resumed. Counted from its first step;
+    the step in progress is finished, with several ranks the logging interval."""
     stop_on_collapse: bool = False
 
 
@@ -118,12 +136,34 @@ def all_reduce_max(tensor: Tensor) -> Tensor:
     return top
 
 
-def all_reduce_logsumexp(tensor: Tensor) -> Tensor:
-    """log sum over ranks of exp(tensor), element by element, shifted by the maximum."""
+def begin_sum(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start summing `tensor` over ranks and give the function that waits for the sum.
+
+    Meanwhile every rank may start other collectives, all of them in the same order.
+    """
     if world_size() == 1:
-        return tensor
-    top = all_reduce_max(tensor)
-    return all_reduce_sum((tensor - top).exp()).log() + top
+        return lambda: tensor
+    total = tensor.clone()
+    work = dist.all_reduce(total, async_op=True)
+    return lambda: _arrived(work, total)
+
+
+def begin_logsumexp(tensor: Tensor) -> Callable[[], Tensor]:
+    """Like `begin_sum` for log sum over ranks of exp(tensor), element by element.
+
+    The ranks' tensors are gathered: a maximum followed by a sum would be two messages, the second after the first.
+    """
+    if world_size() == 1:
+        return lambda: tensor
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    work = dist.all_gather(parts, tensor.contiguous(), async_op=True)
+    return lambda: torch.stack(_arrived(work, parts)).logsumexp(0)
+
+
+def _arrived(work: dist.Work | None, result: T) -> T:
+    assert work is not None  # only ranks outside of the group get none
+    work.wait()
+    return result
 
 
 def _device(name: str, local_rank: int) -> torch.device:

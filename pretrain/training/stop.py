@@ -1,9 +1,11 @@
-"""Stopping on a signal, after a checkpoint."""
+"""Stopping on a signal or after a time, with a checkpoint."""
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
+from time import monotonic
 
 import torch
 
@@ -11,15 +13,20 @@ from pretrain.training.runtime import Runtime, all_reduce_sum
 
 
 class StopSignal:
-    """SIGTERM and SIGINT end the training after the current step and a checkpoint; a second SIGINT ends it at once."""
+    """SIGTERM and SIGINT end the training after the current step and a checkpoint; a second SIGINT ends it at once.
 
-    def __init__(self, runtime: Runtime):
+    So do SIGUSR1 and SIGUSR2, which SLURM sends before the time of a job ends, and the first step that ends
+    `max_minutes` or later after this object was made.
+    """
+
+    def __init__(self, runtime: Runtime, max_minutes: float | None = None):
         self.runtime, self.name = runtime, ""
+        self._end = math.inf if max_minutes is None else monotonic() + 60 * max_minutes
         self._old: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
                 self._old[number] = signal.signal(number, self._note)
         return self
 
@@ -29,6 +36,8 @@ class StopSignal:
 
     def requested(self, synchronise: bool) -> bool:
         """Whether to stop now. Ranks must agree, so with several the question is settled at logging steps."""
+        if not self.name and monotonic() >= self._end:
+            self.name = "runtime.max_minutes"
         if self.runtime.world_size == 1:
             return bool(self.name)
         vote = torch.tensor(float(bool(self.name)), device=self.runtime.device)

@@ -15,6 +15,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from pretrain.training.sharding import local_part
+
 
 class TeacherConfig(BaseModel):
     """How the teacher follows; the momentum of `ema` is a cosine from `momentum` to `momentum_end`."""
@@ -56,4 +58,4 @@ def start_teacher(teacher: nn.Module, student: nn.Module) -> None:
 def _pairs(teacher: nn.Module, student: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     followed = dict(student.named_parameters())
     names, parameters = zip(*teacher.named_parameters(), strict=True)
-    return list(parameters), [followed[name] for name in names]
+    return [local_part(parameter) for parameter in parameters], [local_part(followed[name]) for name in names]

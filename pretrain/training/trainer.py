@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.data.loader import Batch
 from pretrain.errors import DinobenchError, UsageError
 from pretrain.methods.method import Method, load_method
 from pretrain.models import checkpoint
 from pretrain.models.backbones import check_image_sizes
-from pretrain.training import optim, schedules
+from pretrain.models.recompute import recompute_activations
+from pretrain.training import distributed, optim, schedules, sharding
 from pretrain.training.recipe import Recipe
 from pretrain.training.runtime import Runtime, seed_everything
 
@@ -30,17 +30,21 @@ class Trainer:
         self.method.to(device=runtime.device, dtype=runtime.dtype)
         check_image_sizes(self.method.backbone(), sorted({view.size for view in recipe.views.views}))
         config = recipe.optim
-        self.optimizer = optim.create_optimizer(config, optim.parameter_groups(self.method.student, config))
-        self.parameters = optim.submodule_parameters(self.method.student)
         warmup = recipe.schedule.warmup_epochs
         self.learning_rates = schedules.cosine(config.peak_lr, config.min_lr, plan.epochs, plan.steps_per_epoch, warmup)
         self.weight_decays = schedules.cosine(
             config.weight_decay, config.weight_decay_end, plan.epochs, plan.steps_per_epoch
         )
+        if recipe.runtime.checkpoint_activations:
+            recompute_activations(self.method.student.backbone)
         if recipe.runtime.compile:
             _compile_blocks(self.method)
+        self.replicated: list[nn.Parameter] = []
         if runtime.world_size > 1:
             self._distribute()
+        self.groups = optim.parameter_groups(self.method.student, config)
+        self.optimizer = optim.create_optimizer(config, sharding.split_groups(self.groups))
+        self.parameters = optim.submodule_parameters(self.method.student)
         # Different randomness (stochastic depth) on every rank from here on.
         seed_everything(recipe.seed + 1, runtime.rank)
 
@@ -61,6 +65,7 @@ class Trainer:
                 (loss / len(parts)).backward()
             total += loss.detach() / len(parts)
             self.method.health.observe_metrics(metrics, 1 / len(parts))
+        sharding.average_gradients(self.replicated)
         self.method.health.observe_loss(total, step)
         self.method.before_update(step)
         optim.clip(self.parameters, self.recipe.optim.clip, self.recipe.optim.clip_scope)
@@ -76,13 +81,17 @@ class Trainer:
         }
 
     def save(self, path: Path, step: int) -> None:
-        """Write the state after `step` completed steps, atomically."""
-        state = self.method.state_dict()
+        """Write the state after `step` completed steps, atomically. With sharding the other ranks call `state`."""
+        checkpoint.save(path, self.state(step))
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint after `step` completed steps holds: whole tensors, whatever the number of ranks."""
+        state = sharding.whole(self.method.state_dict())
         rest = {key: value for key, value in state.items() if not key.startswith(("student.", "teacher."))}
         rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
         if self.runtime.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.runtime.device)
-        payload = {
+        return {
             "format": checkpoint.FORMAT,
             "recipe": self.recipe.model_dump(mode="json"),
             "preset": self.recipe.preset,
@@ -91,13 +100,12 @@ class Trainer:
             "epoch": self.plan.epoch(step),
             "seed": self.recipe.seed,
             "teacher_temperature": self.method.teacher_temperature(max(step - 1, 0)),
-            "student": self.method.student.state_dict(),
-            "teacher": self.method.teacher.state_dict(),
+            "student": _below("student.", state),
+            "teacher": _below("teacher.", state),
             "target": rest,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": sharding.optimizer_state(self.optimizer, self.groups),
             "rng": rng,
         }
-        checkpoint.save(path, payload)
 
     def restore(self, path: Path) -> int:
         """Continue from a checkpoint; returns the number of completed steps.
@@ -115,8 +123,8 @@ class Trainer:
                 "give the recipe it was started with, or another --output"
             )
         networks = {f"{net}.{k}": v for net in ("student", "teacher") for k, v in payload[net].items()}
-        self.method.load_state_dict({**networks, **payload["target"]})
-        self.optimizer.load_state_dict(payload["optimizer"])
+        self.method.load_state_dict(sharding.parts_like({**networks, **payload["target"]}, self.method.state_dict()))
+        sharding.load_optimizer(self.optimizer, self.groups, payload["optimizer"])
         step = int(payload["step"])
         if self.runtime.rank == 0:
             torch.set_rng_state(payload["rng"]["cpu"].cpu())
@@ -136,7 +144,21 @@ class Trainer:
         if self.runtime.device.type == "cuda":
             student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
             self.method.teacher = nn.SyncBatchNorm.convert_sync_batchnorm(self.method.teacher)
-        self.method.distribute(DistributedDataParallel(student, gradient_as_bucket_view=True))
+        if self.recipe.runtime.sharding == "fsdp":
+            self._shard()
+            return
+        self.method.distribute(distributed.replicate(student, self.recipe.runtime.gradient_compression))
+
+    def _shard(self) -> None:
+        sharding.refuse_unshardable(self.recipe)
+        self.replicated = sharding.shard(self.method.student, self.runtime.device)
+        if self.method.teacher is not self.method.student:
+            sharding.shard(self.method.teacher, self.runtime.device)
+
+
+def _below(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
+    """The part of a state under a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def local_batch_size(batch_size: int, world_size: int, accumulate: int) -> int:

@@ -224,7 +224,7 @@ def _one_rank(rank, golden, folder):
     centred = _target(k, "logit")
     centred(teacher[0, rank], 0.07)
     centred.update()
-    answer["center1"] = centred.center[None]
+    answer["center1"] = centred.state_dict()["center"][None]
     np.savez(f"{folder}/{rank}.npz", **{name: value.numpy() for name, value in answer.items()})
     torch.distributed.destroy_process_group()
 

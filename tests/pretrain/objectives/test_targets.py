@@ -162,7 +162,18 @@ def _centre_after(centring, steps):
     for rows in steps:
         target(rows, 0.07)
         target.update()
-    return target.center.numpy()
+    return target.state_dict()["center"].numpy()
+
+
+def _targets_and_centre(centring, steps, synchronous):
+    """Of one rank: what it made of its rows at each step, and where its centre ended."""
+    target, made = _target(centring), []
+    for rows in steps:
+        made.append(target(rows, 0.07))
+        target.update()
+        if synchronous:
+            target.settle()
+    return torch.cat([*made, target.state_dict()["center"][None]]).numpy()
 
 
 def _one_rank(rank, golden, folder):
@@ -178,14 +189,19 @@ def _one_rank(rank, golden, folder):
         z = student[i].unflatten(0, (-1, batch))
         losses.append(multi_view_cross_entropy(z, torch.eye(k).double(), None, probabilities, 0.1).item())
         target.update()
-    log_sum = runtime.all_reduce_logsumexp(torch.tensor([-1e4 * rank, float(rank)]))
+    log_sum = runtime.begin_logsumexp(torch.tensor([-1e4 * rank, float(rank)]))()
     splits = [_logits(8, seed=step).split(sizes)[rank] for step, sizes in enumerate(UNEVEN)]
     np.savez(
         f"{folder}/{rank}.npz",
         losses=losses,
-        center=target.center.numpy(),
+        center=target.state_dict()["center"].numpy(),
         log_sum=log_sum.numpy(),
         **{centring: _centre_after(centring, splits) for centring in ("logit", *PROBABILITY_RULES)},
+        **{
+            f"{centring}.{synchronous}": _targets_and_centre(centring, splits[:2] * 3, synchronous)
+            for centring in ("logit", *PROBABILITY_RULES)
+            for synchronous in (False, True)
+        },
     )
     torch.distributed.destroy_process_group()
 
@@ -203,3 +219,4 @@ def test_golden_dist2_dino_two_ranks_share_one_centre(golden, tmp_path):
         for centring in ("logit", *PROBABILITY_RULES):
             single = _centre_after(centring, [_logits(8, seed=0), _logits(8, seed=1)])
             np.testing.assert_allclose(answer[centring], single, rtol=1e-10)
+            np.testing.assert_array_equal(answer[f"{centring}.False"], answer[f"{centring}.True"])

@@ -45,10 +45,10 @@ def _recorder():
     return lines, lambda metrics, step: lines.append((step, metrics))
 
 
-def _interrupt_at(step):
+def _interrupt_at(step, number=signal.SIGTERM):
     def progress(state):
         if state.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     return progress
 
@@ -72,6 +72,34 @@ def test_stopping_at_any_step_and_resuming_gives_the_same_weights_and_log(stop_a
         return [(step, {k: v for k, v in metrics.items() if not k.startswith("speed/")}) for step, metrics in lines]
 
     assert without_speed(parts) == without_speed(whole)
+
+
+def test_after_its_minutes_a_run_stops_with_a_checkpoint_and_goes_on_when_resumed(tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr("pretrain.training.stop.monotonic", lambda: clock[0])
+
+    def progress(state):
+        clock[0] += 50
+
+    recipe = _recipe("runtime.max_minutes=3")  # 180 s of steps of 50 s: the fourth ends after them
+    folder = tmp_path / "parts"
+    outcomes = [train(recipe, folder=folder, progress=progress, resume=True) for _ in range(3)]
+    assert [(outcome.status, outcome.step) for outcome in outcomes] == [
+        ("interrupted", 4),
+        ("interrupted", 8),
+        ("finished", 10),
+    ]
+    assert outcomes[0].note == "runtime.max_minutes"
+    train(_recipe(), folder=tmp_path / "whole")
+    for name, value in _weights(tmp_path / "whole").items():
+        assert torch.equal(value, _weights(folder)[name]), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_the_signals_of_slurm_end_a_training_with_a_checkpoint(number, tmp_path):
+    outcome = train(_recipe(), folder=tmp_path, progress=_interrupt_at(2, number))
+    assert (outcome.status, outcome.step, outcome.note) == ("interrupted", 2, number.name)
+    assert checkpoint.read(tmp_path / "checkpoints" / "last.pt")["step"] == 2
 
 
 def test_checkpoints_are_announced_kept_up_to_the_limit_and_last_is_whole(tmp_path):

@@ -36,13 +36,17 @@ def test_later_layers_win_and_say_where_a_value_came_from():
 def test_plumbing_does_not_change_the_identity_but_science_and_seed_do():
     base = resolve("dino")
     assert resolve("dino", overrides=["runtime.threads=3", "checkpoint.keep=9"]).identity == base.identity
+    assert resolve("dino", overrides=["data.cache=device"]).identity == base.identity
     others = [resolve("dino", overrides=["optim.lr=0.1"]), resolve("dino", seed=1), resolve("dino_vmf")]
     assert len({base.identity, *(other.identity for other in others)}) == 4
 
 
 def test_identity_is_the_start_of_the_hash_of_the_dump():
     recipe = resolve("dino")
-    assert recipe_hash(yaml.safe_load(recipe.to_yaml())).startswith(recipe.identity)
+    dump = yaml.safe_load(recipe.to_yaml())
+    assert recipe_hash(dump).startswith(recipe.identity)
+    del dump["data"]["cache"]  # as it was written before there was this setting
+    assert recipe_hash(dump).startswith(recipe.identity)
 
 
 @pytest.mark.parametrize(

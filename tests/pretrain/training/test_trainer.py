@@ -1,25 +1,19 @@
-"""The optimiser step: equal to the official loop, the same on one rank and on two, the same after a resume."""
+"""The optimiser step: equal to the official loop, in micro-batches, and after a resume."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import numpy as np
 import pytest
 import torch
 
 from pretrain.data.loader import Batch
-from pretrain.data.masks import MaskSampler
 from pretrain.errors import DinobenchError, UsageError
 from pretrain.methods.method import method_names
-from pretrain.training.recipe import Recipe, resolve
+from pretrain.training.recipe import Recipe
 from pretrain.training.runtime import Runtime, RuntimeConfig
 from pretrain.training.schedules import Plan
 from pretrain.training.trainer import Trainer, local_batch_size
-
-
-def _float64_trainer(recipe, plan):
-    return Trainer(recipe, Runtime.start(recipe.runtime), plan)
+from tests.pretrain.training.tiny import assert_equal, run_steps, tiny_recipe, tiny_trainer
 
 
 def _golden_trainer(g):
@@ -50,7 +44,7 @@ def _golden_trainer(g):
             "runtime": {"precision": "fp64", "device": "cpu"},
         }
     )
-    trainer = _float64_trainer(recipe, Plan(int(g["epochs"]), int(g["niter"])))
+    trainer = Trainer(recipe, Runtime.start(recipe.runtime), Plan(int(g["epochs"]), int(g["niter"])))
     trainer.learning_rates, trainer.weight_decays = g["lr_schedule"], g["wd_schedule"]
     trainer.method._momenta = g["momentum_schedule"]
     trainer.method._temperatures = g["teacher_temp_schedule"].repeat(int(g["niter"]))
@@ -81,117 +75,42 @@ def test_golden_dino_train_steps_end_at_the_official_weights(golden):
     np.testing.assert_allclose(trainer.method.target.center.numpy(), g["center"][0], rtol=0, atol=1e-9)
 
 
-TINY = [
-    "head.batch_norm=false",
-    "head.final_batch_norm=false",
-    "head.hidden=16",
-    "head.bottleneck=16",
-    "optim.batch_size=8",
-    "schedule.epochs=2",
-    "schedule.warmup_epochs=0",
-    "optim.freeze_last_layer_epochs=0",
-    "runtime.precision=fp64",
-    "runtime.device=cpu",
-    "model.kwargs={img_size: 16, patch_size: 4, embed_dim: 24, depth: 1, num_heads: 2}",
-    "model.drop_path=0",
-    "regularizer.koleo_scope=global",
-]
-
-
-def _tiny(method, *extra):
-    """The digits recipe of a method with every size cut down, and with 12 prototypes where it has any."""
-    usual = resolve(method, preset="digits")
-    prototypes = ["head.num_prototypes=12"] if usual.head.num_prototypes else []
-    return resolve(method, preset="digits", overrides=[*TINY, *prototypes, *extra])
-
-
-def _views(recipe, step, rows=slice(None)):
-    """Random views and drawn masks of 8 images, or of some of these rows."""
-    generator = torch.Generator().manual_seed(step)
-    sizes = [view.size for view in recipe.views.views]
-    views = [torch.randn(8, 3, s, s, generator=generator, dtype=torch.float64)[rows] for s in sizes]
-    index = torch.arange(8)[rows]
-    masks = None
-    if recipe.masks.kind != "none":
-        sampler = MaskSampler(recipe.masks, (4, 4), seed=0)
-        masks = sampler(index, 0, step=step, first=int(index[0]), batch_size=8)
-    return Batch(views, index, 0, masks)
-
-
-def _run(trainer, steps=range(3), rows=slice(None)):
-    for step in steps:
-        batch = _views(trainer.recipe, step, rows)
-        trainer.step(dataclasses.replace(batch, views=[v.to(trainer.runtime.dtype) for v in batch.views]), step)
-    state = trainer.method.state_dict()
-    return {name: value.clone() for name, value in state.items() if "health" not in name}
-
-
-def _assert_equal(a, b, **tolerance):
-    assert a.keys() == b.keys()
-    for name, value in a.items():
-        torch.testing.assert_close(value, b[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
-
-
 METHODS = method_names()
-
-
-def _rank_of_two(rank, folder):
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/group")
-    for method in METHODS:
-        trainer = Trainer(_tiny(method), Runtime(torch.device("cpu"), "fp64", rank, 2), Plan(2, 3))
-        torch.save(_run(trainer, rows=slice(4 * rank, 4 * rank + 4)), f"{folder}/{method}.{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def weights_of_two_ranks(tmp_path_factory):
-    """A folder with the weights of both ranks after three steps, for every method."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_rank_of_two, (str(folder),), nprocs=2)
-    return folder
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_two_ranks_of_b_equal_one_rank_of_2b(method, weights_of_two_ranks):
-    alone = _run(_float64_trainer(_tiny(method), Plan(2, 3)))
-    for rank in range(2):
-        weights = torch.load(weights_of_two_ranks / f"{method}.{rank}.pt", weights_only=True)
-        _assert_equal(alone, weights, rtol=1e-6, atol=1e-8)
 
 
 # Not those whose loss couples the images of a batch: Sinkhorn-Knopp, KoLeo, me-max and contrast see one micro-batch.
 @pytest.mark.parametrize("method", ["dino", "dino_vmf", "ibot", "ibot_vmf", "byol", "mean_teacher"])
 def test_micro_batches_equal_one_batch(method):
     whole, parts = (
-        _run(_float64_trainer(_tiny(method, extra), Plan(2, 3)))
+        run_steps(tiny_trainer(tiny_recipe(method, extra)))
         for extra in ("runtime.accumulate=1", "runtime.accumulate=4")
     )
-    _assert_equal(whole, parts, rtol=1e-8, atol=1e-8)  # the key bias has no gradient: Adam walks on its rounding noise
+    assert_equal(whole, parts, rtol=1e-8, atol=1e-8)  # the key bias has no gradient: Adam walks on its rounding noise
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_resuming_equals_not_stopping(method, tmp_path):
-    recipe = _tiny(method, "runtime.precision=fp32", "model.drop_path=0.3", "head.batch_norm=true")
+    recipe = tiny_recipe(method, "runtime.precision=fp32", "model.drop_path=0.3", "head.batch_norm=true")
 
     def trainer():
-        return _float64_trainer(recipe, Plan(2, 3))
+        return tiny_trainer(recipe)
 
     straight = trainer()
-    _run(straight, range(4))
+    run_steps(straight, range(4))
     first = trainer()
-    _run(first, range(2))
+    run_steps(first, range(2))
     first.save(tmp_path / "last.pt", 2)
     second = trainer()
     torch.rand(5)  # whatever was drawn in between must not matter
     assert second.restore(tmp_path / "last.pt") == 2
-    _run(second, range(2, 4))
-    _assert_equal(straight.method.state_dict(), second.method.state_dict(), rtol=0, atol=0)
+    run_steps(second, range(2, 4))
+    assert_equal(straight.method.state_dict(), second.method.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_reach_every_trained_parameter_of_the_student_and_none_of_the_teacher(method):
-    trainer = _float64_trainer(_tiny(method, "head.batch_norm=true"), Plan(2, 3))
-    _run(trainer, range(1))
+    trainer = tiny_trainer(tiny_recipe(method, "head.batch_norm=true"))
+    run_steps(trainer, range(1))
     student = dict(trainer.method.student.named_parameters())
     assert [name for name, p in student.items() if p.requires_grad and p.grad is None] == []
     own = {id(p) for p in student.values()}
@@ -199,18 +118,18 @@ def test_gradients_reach_every_trained_parameter_of_the_student_and_none_of_the_
 
 
 def test_prototypes_stay_put_while_frozen():
-    trainer = _float64_trainer(_tiny("dino_vmf", "optim.freeze_last_layer_epochs=1"), Plan(2, 2))
+    trainer = tiny_trainer(tiny_recipe("dino_vmf", "optim.freeze_last_layer_epochs=1"))
     before = trainer.method.student.head.last_layer.vectors().clone()
-    _run(trainer, range(2))
+    run_steps(trainer, range(2))
     assert torch.equal(before, trainer.method.student.head.last_layer.vectors())
-    _run(trainer, range(2, 4))
+    run_steps(trainer, range(2, 4))
     assert not torch.equal(before, trainer.method.student.head.last_layer.vectors())
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
-    one = _float64_trainer(_tiny("dino"), Plan(2, 3))
+    one = tiny_trainer(tiny_recipe("dino"))
     one.save(tmp_path / "last.pt", 0)
-    other = _float64_trainer(_tiny("dino", "optim.lr=0.5"), Plan(2, 3))
+    other = tiny_trainer(tiny_recipe("dino", "optim.lr=0.5"))
     with pytest.raises(DinobenchError, match="another --output"):
         other.restore(tmp_path / "last.pt")
 
