@@ -100,13 +100,16 @@ def _applicable(suites: list[Suite], recipe: Recipe, say: Callable[[str], None])
 
 
 def _follow(recipe: Recipe, runtime: Runtime) -> None:
-    """A rank other than 0: trains along, writes and says nothing."""
+    """A rank other than 0: trains along, writes nothing, and says only that another rank is lost."""
+    from pretrain.training.distributed import LostRank
     from pretrain.training.loop import train
 
     try:
         job = _agree(runtime, None)
         if job.train:
             train(recipe, folder=job.folder, resume=job.resume)
+    except LostRank:  # it may be rank 0 that is lost
+        raise
     except DinobenchError as error:  # rank 0 tells it
         raise SystemExit(error.exit_code) from error
 

@@ -14,6 +14,7 @@ import torch
 from pretrain.data.loader import Loader
 from pretrain.models.backbones import create_backbone, patch_grid
 from pretrain.training.checkpoints import CheckpointFolder
+from pretrain.training.distributed import lost_ranks_told
 from pretrain.training.meter import Meter, Progress
 from pretrain.training.recipe import Recipe
 from pretrain.training.runtime import Runtime
@@ -46,7 +47,7 @@ def train(
     """Train a recipe in `folder` (checkpoints go to folder/checkpoints); with `resume`, from last.pt if it is there.
 
     Raises:
-        DinobenchError: bad data, a checkpoint that does not fit, or a loss that is not finite.
+        DinobenchError: bad data, a checkpoint that does not fit, a loss that is not finite, or a lost rank.
         CheckFailed: the targets or features collapsed and runtime.stop_on_collapse is set.
     """
     runtime = Runtime.start(recipe.runtime)
@@ -59,7 +60,7 @@ def train(
     meter = Meter(trainer, plan, recipe, log, progress)
     stop = StopSignal(runtime, recipe.runtime.max_minutes)
 
-    with stop:
+    with stop, lost_ranks_told(runtime.rank, runtime.world_size):
         for step, batch in zip(range(first, plan.total_steps), loader.batches(first), strict=False):
             trainer.step(batch, step)
             done = step + 1
@@ -100,8 +101,8 @@ def create_loader(recipe: Recipe, runtime: Runtime) -> Loader:
         device=runtime.device,
         masks=recipe.masks,
         grid=_patch_grid(recipe),
-    )
         cache=recipe.data.cache,
+    )
 
 
 def _patch_grid(recipe: Recipe) -> tuple[int, int] | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import os
 import random
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from pretrain.errors import DinobenchError
+from pretrain.training.distributed import lost_ranks_told
 
 T = TypeVar("T")
 
@@ -48,6 +50,8 @@ class RuntimeConfig(BaseModel):
     """bf16: gradients travel between ranks in half the bytes, rounded to 8 bits of precision. Nothing on one rank."""
     sharding: Literal["none", "fsdp"] = "none"
     """fsdp: each rank keeps a part of the backbones, for those that do not fit. Experimental. Nothing on one rank."""
+    rank_timeout_seconds: float = Field(default=600, gt=0)
+    """How long a rank waits for the others before it stops with an error."""
     workers: int = Field(default=4, ge=0)
     """Processes that decode images; data sets held in memory need none."""
     threads: int = Field(default=0, ge=0)
@@ -74,7 +78,7 @@ class Runtime:
         """Pick device and precision; join the process group when torchrun started us.
 
         Raises:
-            DinobenchError: the device asked for is not there.
+            DinobenchError: the device asked for is not there, or another rank does not come.
         """
         rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         device = _device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
@@ -84,7 +88,9 @@ class Runtime:
             torch.cuda.set_device(device)
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         if size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            patience = datetime.timedelta(seconds=config.rank_timeout_seconds)
+            with lost_ranks_told(rank, size):
+                dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
         return cls(device, _precision(config.precision, device), rank, size)
 
     @property
