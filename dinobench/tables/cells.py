@@ -136,7 +136,9 @@ def collect(tables: Sequence[Table], scale: Scale, inputs: Inputs | None = None)
             for cell in own:
                 seen = cells.get(cell.key, cell)
                 wanted = dict.fromkeys([*seen.suites, *_ids(suites, cell.has_prototypes)])
-                cells[cell.key] = replace(seen, suites=tuple(wanted), weights=seen.weights or cell.weights)
+                # some row may write out what is the recipe's own anyway, like the epochs
+                plain = min(seen, cell, key=lambda each: (len(each.overrides), "/" in each.name))
+                cells[cell.key] = replace(plain, suites=tuple(wanted), weights=seen.weights or cell.weights)
             of_row[table.name, row.label] = tuple(cell.key for cell in own)
     return Cells(scale, tuple(cells.values()), of_row)
 

@@ -58,6 +58,12 @@ def test_tables_share_what_they_both_need(every: Cells) -> None:
     assert len({cell.science for cell in every.all}) == len(every.all)
 
 
+def test_a_training_is_named_by_the_plainest_of_its_commands(every: Cells) -> None:
+    # dino_longer_training writes out the 80 epochs that the recipe has anyway
+    assert every.of_row["dino_longer_training", "800 epochs"][0] == every.of_row["methods", "dino"][0]
+    assert [cell.overrides for cell in every.of("methods", "dino")] == 5 * [()]
+
+
 def test_a_short_schedule_is_another_cell(every: Cells) -> None:
     assert every.of_row["dino_table15", "centring"] != every.of_row["methods", "dino"][:1]
 
