@@ -1,0 +1,367 @@
+"""The loss curve of the optimised training beside that of the plain one: one seed, the same batches, 2,000 steps.
+
+    DINOBENCH_DATA=DIR python tests/bench/loss_curve.py     trains what is missing, then compares (exit code 4: outside)
+    python tests/bench/loss_curve.py --tiny --output DIR    digits, seconds; proves only that everything runs
+
+    plain            fp32, eager, attention as the softmax of a matrix, DINO's equation 3 as a loop over pairs of views
+    optimised_fp32   compiled blocks, fused attention, a loss without pairs in chunks of images, pixels on the device
+    optimised_bf16   the same under bf16 autocast
+    plain_seed1, 2   the plain training with other weights, images and views: what a difference is measured by
+
+A stopped run goes on from its last checkpoint when the script is started again (run folders: --work).
+
+The band, set before any of these runs. Curves are means over the last WINDOW steps. After the warm-up the curve of an
+optimised run stays, at every step, as near to the plain one as the larger of
+    the sample standard deviation between the plain runs of the three seeds, pooled over POOL steps around: a training
+        that is changed by less than another seed changes it supports the same conclusions. Two seeds are further apart
+        than this about half of the time, so the band is narrower than what exchanging the seed would need; pooled,
+        because three curves cross, and where they do their deviation says nothing
+    FLOOR of the loss: what one step from equal weights may differ in bf16, so 2,000 steps cannot differ less
+and the first FIRST steps of optimised_fp32, one by one, by no more than one step from equal weights may differ in fp32.
+kNN at the end is shown, not judged: it is one number a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import datetime
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinobench import plots
+from dinobench.files import read_json, write_json
+from dinobench.reporter import Reporter
+from dinobench.runs import RunFolder
+from dinobench.train import Request, pretrain
+from pretrain.errors import CheckFailed, DinobenchError
+from pretrain.methods.dino import Dino
+from pretrain.models.checkpoint import load
+from pretrain.models.network import Outputs
+from pretrain.training.recipe import Recipe, resolve
+from report import environment, machine_name
+from suites.measure import measure
+from suites.suite import SuiteDataset, load_suite
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RESULTS = Path(__file__).parents[2] / "results" / "bench" / "loss_curve"
+WORK = Path("runs") / "loss_curve"
+METHOD = "dino"
+WINDOW, POOL, FIRST = 50, 201, 20
+FLOOR, EXACT = 5e-3, 1e-5
+"""Of the loss: what one step from equal weights may differ in bf16 and in fp32 before the benchmark times it."""
+
+SETTINGS = (
+    "optim.batch_size=32",
+    "optim.lr=0.008",
+    "model.kwargs={img_size: 32, patch_size: 4, embed_dim: 64, depth: 3, num_heads: 2}",
+    "model.drop_path=0",  # a compiled block draws other random numbers than an eager one
+    "model.init=xavier",
+    "head.hidden=512",
+    "head.bottleneck=64",
+    "schedule.epochs=20",
+    "schedule.warmup_epochs=2",
+    "schedule.steps_per_epoch=100",
+    "checkpoint.every_steps=100",
+)
+TINY = (
+    "optim.batch_size=8",
+    "model.kwargs={img_size: 16, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}",
+    "model.drop_path=0",
+    "head.hidden=16",
+    "head.bottleneck=16",
+    "head.num_prototypes=32",
+    "schedule.epochs=6",
+    "schedule.warmup_epochs=1",
+    "schedule.steps_per_epoch=5",
+)
+EVERY_RUN = ("runtime.device=cpu", "runtime.log_every=1", "tracking.enabled=false")
+PLAIN = ("runtime.precision=fp32", "runtime.compile=false", "model.attention=math", "data.cache=none")
+OPTIMISED = ("runtime.compile=true", "model.attention=fused", "data.cache=device")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training: its seed, its switches, and whether its loss is the loop over pairs."""
+
+    seed: int
+    switches: tuple[str, ...]
+    plain_loss: bool
+
+
+RUNS = {
+    "plain": Run(0, PLAIN, True),
+    "optimised_bf16": Run(0, (*OPTIMISED, "runtime.precision=bf16"), False),
+    "optimised_fp32": Run(0, (*OPTIMISED, "runtime.precision=fp32"), False),
+    "plain_seed1": Run(1, PLAIN, True),
+    "plain_seed2": Run(2, PLAIN, True),
+}
+REFERENCE, CONTROLS = "plain", ("plain_seed1", "plain_seed2")
+JUDGED = ("optimised_fp32", "optimised_bf16")
+STYLES = {
+    "plain": (plots.COLOURS[6], "-"),
+    "plain_seed1": (plots.COLOURS[5], ":"),
+    "plain_seed2": (plots.COLOURS[3], ":"),
+    "optimised_fp32": (plots.COLOURS[0], "--"),
+    "optimised_bf16": (plots.COLOURS[1], "-."),
+}
+"""Colour and line of a run in the figure."""
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="30 steps on digits; nothing is judged")
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=RUNS, help="train these only; compares when all are")
+    parser.add_argument("--work", type=Path, default=WORK, help=f"folder of the runs (default {WORK})")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the record (default: results/bench)")
+    parser.add_argument("--machine", help="name for the files; default: the processor")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train, compare, write; says in one line each what holds.
+
+    Raises:
+        SystemExit: with code 4 when a curve leaves the band, with another when a run was stopped.
+    """
+    options = parse()
+    try:
+        for name in options.runs:
+            train_run(name, recipe(name, tiny=options.tiny), options.work / name)
+        folders = {name: find_folder(options.work / name) for name in RUNS}
+        finished = {name: folder for name, folder in folders.items() if folder and folder.state().status == "finished"}
+        if finished.keys() < RUNS.keys():
+            print(f"not compared yet: {', '.join(RUNS.keys() - finished.keys())} to be trained")
+            return
+        record = compare(finished, tiny=options.tiny)
+        path = options.output / f"{datetime.date.today():%Y-%m-%d}-{options.machine or machine_name()}"
+        write(record, curves(finished), path)
+        for name, verdict in record["verdicts"].items():
+            print(f"{name}: {'inside' if verdict['inside'] else 'OUTSIDE'} the band  {verdict}")
+        if not options.tiny and not all(verdict["inside"] for verdict in record["verdicts"].values()):
+            raise CheckFailed(f"a loss curve leaves the band: see {path.with_suffix('.json')}")
+    except DinobenchError as error:
+        print(f"error: {error}")
+        raise SystemExit(error.exit_code) from error
+
+
+def recipe(name: str, *, tiny: bool, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a run; its seed decides weights, images and views."""
+    run = RUNS[name]
+    settings = TINY if tiny else SETTINGS
+    found = resolve(
+        METHOD,
+        preset="digits" if tiny else "fashion_mnist",
+        seed=run.seed,
+        overrides=[*settings, *EVERY_RUN, *run.switches, *overrides],
+    )
+    if run.plain_loss:
+        return found
+    # a quarter of the batch at a time
+    num_views, size = len(found.views.views) + 2, found.optim.batch_size // 4
+    limit = 2 * size * num_views * found.head.num_prototypes * 4
+    return found.model_copy(update={"runtime": found.runtime.model_copy(update={"max_logits_bytes": limit})})
+
+
+def train_run(name: str, of: Recipe, output: Path) -> None:
+    """Train, or continue, or find finished.
+
+    Raises:
+        DinobenchError: the run was stopped before its end.
+    """
+    torch._dynamo.reset()
+    loss = mock.patch.object(Dino, "image_loss", loop_over_pairs) if RUNS[name].plain_loss else contextlib.nullcontext()
+    # a block that is compiled too often would silently run eagerly
+    with loss, torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        summary = pretrain(of, Request(output, "loss_curve.py", resume=True, evaluate=False), Reporter(every=30))
+    assert summary is not None
+    if of.runtime.compile and summary.trained and not torch._dynamo.utils.counters["stats"]["unique_graphs"]:
+        raise DinobenchError(f"{name}: no block was compiled")
+    if summary.state.status != "finished":
+        raise DinobenchError(f"{name} was stopped at step {summary.state.step}: start again to go on")
+
+
+def loop_over_pairs(self: Dino, student: Outputs, target: Tensor) -> Tensor:
+    """DINO's equation 3 as it stands, in place of `Dino.image_loss`: targets [G, B, K] -> scalar."""
+    log_q = self.student_logits(student).log_softmax(-1)  # [V, B, K]
+    pairs = [-(p * log_q[v]).sum(-1).mean() for g, p in enumerate(target) for v in range(len(log_q)) if v != g]
+    return torch.stack(pairs).mean()
+
+
+def find_folder(output: Path) -> RunFolder | None:
+    """The run folder of a run, where it was started."""
+    found = sorted(output.glob("*/run.json"))
+    return RunFolder(found[0].parent) if found else None
+
+
+def curves(folders: Mapping[str, RunFolder]) -> dict[str, np.ndarray]:
+    """Run -> its loss at every step, [T].
+
+    Raises:
+        DinobenchError: steps are missing or were done twice.
+    """
+    losses = {}
+    for name, folder in folders.items():
+        steps, values = folder.journal.curve("loss/total")
+        if steps != list(range(1, len(steps) + 1)):
+            raise DinobenchError(f"{folder.journal.path} does not hold every step once: remove {folder.path}")
+        losses[name] = np.array(values)
+    return losses
+
+
+def smooth(losses: np.ndarray, window: int = WINDOW) -> np.ndarray:
+    """Mean over the last `window` steps, of fewer at the start: [T] -> [T]."""
+    total = np.concatenate([[0.0], np.cumsum(losses)])
+    ends = np.arange(1, len(losses) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (total[ends] - total[starts]) / (ends - starts)
+
+
+def deviation_between(smoothed: Sequence[np.ndarray], pool: int = POOL) -> np.ndarray:
+    """Sample standard deviation between curves, its square averaged over `pool` steps around each: [T]."""
+    variance = np.var(np.stack(smoothed), axis=0, ddof=1)
+    half = pool // 2
+    return np.array([np.sqrt(variance[max(t - half, 0) : t + half + 1].mean()) for t in range(len(variance))])
+
+
+def half_width(reference: np.ndarray, controls: Sequence[np.ndarray]) -> np.ndarray:
+    """The band around the smoothed reference, [T]: see the module's docstring."""
+    return np.maximum(deviation_between([reference, *controls]), FLOOR * reference)
+
+
+def judge(run: np.ndarray, reference: np.ndarray, width: np.ndarray, warmup: int) -> dict[str, Any]:
+    """Smoothed curves [T] against each other after the warm-up."""
+    difference, width, reference = (run - reference)[warmup:], width[warmup:], reference[warmup:]
+    share = np.abs(difference) / width
+    return {
+        "inside": bool((share <= 1).all()),
+        "steps_inside": float((share <= 1).mean()),
+        "largest_share_of_band": float(share.max()),
+        "at_step": int(share.argmax()) + warmup + 1,
+        "largest_difference": float(np.abs(difference).max()),
+        "largest_relative_difference": float(np.abs(difference / reference).max()),
+        "mean_difference": float(difference.mean()),
+        "difference_at_end": float(difference[-1]),
+    }
+
+
+def judge_first(run: np.ndarray, reference: np.ndarray, tolerance: float = EXACT) -> dict[str, Any]:
+    """The first steps one by one, not smoothed."""
+    worst = np.abs(run[:FIRST] / reference[:FIRST] - 1)
+    return {"steps": len(worst), "inside": bool((worst <= tolerance).all()), "largest_relative": float(worst.max())}
+
+
+def compare(folders: Mapping[str, RunFolder], *, tiny: bool) -> dict[str, Any]:
+    """Everything the record holds beside the curves."""
+    losses = curves(folders)
+    smoothed = {name: smooth(values) for name, values in losses.items()}
+    warmup = warmup_steps(folders[REFERENCE])
+    reference, seeds = smoothed[REFERENCE], [smoothed[name] for name in CONTROLS]
+    width = half_width(reference, seeds)
+    verdicts: dict[str, Any] = {name: judge(smoothed[name], reference, width, warmup) for name in JUDGED}
+    verdicts["optimised_fp32, first steps"] = judge_first(losses["optimised_fp32"], losses[REFERENCE])
+    judged = width[warmup:]
+    return {
+        "environment": environment(),
+        "band": {
+            "window": WINDOW,
+            "pool": POOL,
+            "floor": FLOOR,
+            "warmup_steps": warmup,
+            "half_width": {"smallest": float(judged.min()), "largest": float(judged.max())},
+            "steps_where_the_floor_decides": float((judged <= FLOOR * reference[warmup:]).mean()),
+            "first_steps_tolerance": EXACT,
+        },
+        "verdicts": verdicts,
+        "other_seeds": {name: judge(smoothed[name], reference, width, warmup) for name in CONTROLS},
+        "runs": {name: describe(name, folder, smoothed[name], tiny=tiny) for name, folder in folders.items()},
+    }
+
+
+def warmup_steps(folder: RunFolder) -> int:
+    """Steps of the learning rate's warm-up."""
+    schedule = folder.recipe()["schedule"]
+    return schedule["warmup_epochs"] * schedule["steps_per_epoch"]
+
+
+def describe(name: str, folder: RunFolder, smoothed: np.ndarray, *, tiny: bool) -> dict[str, Any]:
+    """What a run was, and where it ended."""
+    last, state, starts = folder.journal.read()[-1].metrics, folder.state(), folder.path / "environment.json"
+    return {
+        "recipe": folder.recipe(),
+        "loss_over_pairs": RUNS[name].plain_loss,
+        "commits": sorted({start["code"].get("commit", "unknown") for start in read_json(starts)["starts"]}),
+        "starts": len(read_json(starts)["starts"]),
+        "seconds": round(state.seconds, 1),
+        "steps": state.step,
+        "smoothed_loss_at_end": float(smoothed[-1]),
+        "metrics_at_end": {
+            key: last[key] for key in ("health/target_entropy", "health/feature_std", "prototypes/used")
+        },
+        "knn": neighbours(folder, baselines=name == REFERENCE, tiny=tiny),
+    }
+
+
+def neighbours(folder: RunFolder, *, baselines: bool, tiny: bool) -> dict[str, Any]:
+    """kNN (k = 20) of the last checkpoint's teacher on a part of the data, in percent; measured once."""
+    file = folder.path / "knn.json"
+    if file.is_file():
+        return read_json(file)
+    suite = load_suite("digits_knn" if tiny else "fashion_mnist_knn")
+    part = SuiteDataset(name=suite.dataset.name, train="train[:0.2]", test="test")
+    suite = suite.model_copy(update={"dataset": part, "baselines": ("raw_pixels", "random_init")})
+    found = measure(suite, load(folder.last_checkpoint), baselines=baselines)
+    score = {"top1": found.scores[found.headline], "interval": list(found.interval), "n": found.n}
+    score |= {"train": part.train, "baselines": found.baselines}
+    write_json(file, score)
+    return score
+
+
+def write(record: dict[str, Any], losses: Mapping[str, np.ndarray], path: Path) -> None:
+    """`path`.csv: the loss of every step; .json: the record; .png and .svg: the figure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["step", *losses])
+        table = np.stack(list(losses.values()), axis=1)
+        rows.writerows([step, *(f"{loss:.9g}" for loss in row)] for step, row in enumerate(table, 1))
+    write_json(path.with_suffix(".json"), record)
+    figure = draw({name: smooth(values) for name, values in losses.items()}, record["band"]["warmup_steps"])
+    for suffix in (".png", ".svg"):
+        plots.save(figure, path.with_suffix(suffix))
+
+
+def draw(smoothed: Mapping[str, np.ndarray], warmup: int) -> Figure:
+    """The smoothed curves, and their differences from the plain one inside the band."""
+    figure = plots.new_figure(1, 2, (5.6, 4.0))
+    whole, apart = figure.axes
+    reference = smoothed[REFERENCE]
+    steps = np.arange(1, len(reference) + 1)
+    width = half_width(reference, [smoothed[name] for name in CONTROLS])[warmup:]
+    apart.fill_between(steps[warmup:], -width, width, color="0.85", label="band")
+    for name, (colour, style) in STYLES.items():
+        whole.plot(steps, smoothed[name], color=colour, linestyle=style, linewidth=1.5, label=name)
+        if name != REFERENCE:
+            difference = smoothed[name] - reference
+            apart.plot(steps[warmup:], difference[warmup:], color=colour, linestyle=style, linewidth=1.5, label=name)
+    whole.set(title=f"Loss, mean of {WINDOW} steps", xlabel="step", ylabel="loss (nats)")
+    apart.set(title="Difference from plain, after the warm-up", xlabel="step", ylabel="loss (nats)")
+    for axes in figure.axes:
+        axes.title.set_fontsize("medium")
+        axes.legend(fontsize="small")
+    return figure
+
+
+if __name__ == "__main__":
+    main()
