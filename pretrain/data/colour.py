@@ -41,7 +41,7 @@ def where_chosen(
         return torch.where(mask, operation(images, *extra), images)
     extra = () if parameters is None else (to_device(parameters[chosen], images.device),)
     if chosen.all():
-        return operation(images, *extra)
+        return operation(images, *extra).contiguous()  # gray images repeat one channel: nothing could be written there
     number = torch.from_numpy(chosen.nonzero()[0])
     return images.index_copy_(0, number, operation(images.index_select(0, number), *extra))
 
