@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch.autograd.profiler_util import FunctionEvent
+from torch.autograd.profiler_util import EventList, FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 LAUNCHES = re.compile(r"(cu|cuda)(LaunchKernel|GraphLaunch)")
@@ -31,14 +31,16 @@ def calls(work: Work, device: str) -> dict[str, int]:
     return counted
 
 
-def profiled(work: Work, device: str) -> list[FunctionEvent]:
+def profiled(work: Work, device: str) -> EventList:
     """Everything the profiler saw of one call."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu(device) else [])]
     with profile(activities=activities) as recorded:
         work()
         if on_gpu(device):
             torch.cuda.synchronize()
-    return list(recorded.events() or ())
+    events = recorded.events()
+    assert events is not None
+    return events
 
 
 def host_syncs(work: Work, device: str) -> int:

@@ -113,7 +113,7 @@ class OfficialTraining:
         self.loss = reference.main.DINOLoss(setting.prototypes, 2 + setting.num_local, 0.04, 0.04, 0, 100)
         self.loss.to(setting.device)
         self.optimizer = torch.optim.AdamW(reference.utils.get_params_groups(self.student))
-        # fp16 with a scaled loss is what its README trains with; from a scale at which the first step does not overflow.
+        # fp16 with a scaled loss is what its README trains with; the scale starts where no step overflows.
         self.scaler = torch.amp.GradScaler(setting.device, 2.0**10) if setting.precision == "fp16" else None
         self.losses: list[float] = []
         self._own = self.batches()

@@ -134,6 +134,8 @@ class Report:
 
     def __init__(self, folder: Path | None, machine: str | None, *, judged: bool = True, note: str = ""):
         self.rows: list[Entry] = []
+        self.failures: list[str] = []
+        """Contestants that were not timed because they are not equal, with the reason."""
         self.judged, self.note = judged, note
         self.machine = machine or machine_name()
         self.path = folder / f"{datetime.date.today():%Y-%m-%d}-{self.machine}.json" if folder else None
@@ -148,16 +150,18 @@ class Report:
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             rows = [row.to_dict() for row in self.rows]
-            record = {"environment": environment(), "note": self.note, "rows": rows}
+            date = f"{datetime.date.today():%Y-%m-%d}"
+            record = {"date": date, "environment": environment(), "note": self.note, "rows": rows}
             self.path.write_text(json.dumps(record, indent=1) + "\n")
             self.path.with_suffix(".md").write_text(self.markdown())
 
     def markdown(self) -> str:
         found = environment()
+        machine = f"{found['gpu']}, " if found["gpu"] else ""
         versions = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
         tables = "\n".join(self._table(kind) for kind in dict.fromkeys(type(row) for row in self.rows))
         return (
-            f"# Benchmark, {datetime.date.today():%Y-%m-%d}, {found['processor']}, {found['cores']} cores\n\n"
+            f"# Benchmark, {datetime.date.today():%Y-%m-%d}, {machine}{found['processor']}, {found['cores']} cores\n\n"
             f"Code {found['commit']}; {versions}. Contestants take turns in one process after an equality\n"
             "check. Process CPU time on a CPU, wall time on a GPU; the ratio is the median over rounds.\n\n"
             + (f"{self.note}\n\n" if self.note else "")
@@ -175,23 +179,27 @@ def environment() -> dict[str, Any]:
     installed = {d.name: d.version for d in importlib.metadata.distributions() if d.name in PACKAGES}
     return {
         "processor": _processor(),
+        "gpu": _gpu(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "packages": dict(sorted(installed.items())),
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "commit": _commit(),
     }
 
 
 def machine_name() -> str:
     """A short name of the processor, for the file name."""
-    words = re.sub(r"\(\w+\)|@.*|\bCPU\b|\bProcessor\b", "", _processor()).lower()
+    words = re.sub(r"\(\w+\)|@.*|\bCPU\b|\bProcessor\b", "", _gpu() or _processor()).lower()
     return re.sub(r"[^a-z0-9]+", "-", f"{words} {os.cpu_count()}-cores").strip("-")
 
 
+def _gpu() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
 def _processor() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M) if cpuinfo.is_file() else []
     return names[0] if names else platform.processor() or platform.machine()

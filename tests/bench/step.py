@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -26,8 +27,10 @@ from pretrain.training.schedules import Plan, ScheduleConfig
 from pretrain.training.teacher import TeacherConfig
 from pretrain.training.trainer import Trainer
 from report import Report, Row
+from session import Session
 from timing import take_turns
 
+PROTOTYPES = (1024, 4096, 65536)
 TARGETS = {"fp32": 1.3, "bf16": 1.5}
 """Times faster than the official loop at the same precision."""
 LARGE_TARGET = 1.5
@@ -171,6 +174,27 @@ class OurTraining(OurStep):
         """Whole steps, augmentation included."""
         for _ in range(count):
             self.step(next(self.batches))
+
+
+def settings(session: Session, prototypes: Sequence[int]) -> Iterator[Setting]:
+    """Every combination of batch, number of prototypes and precision."""
+    batches = session.options.batch or [8 if session.tiny else 32]
+    numbers = session.options.prototypes or prototypes
+    for batch, number, precision in itertools.product(batches, numbers, session.precisions):
+        yield Setting(prototypes=number, batch=batch, precision=precision, device=session.device)
+
+
+def run(session: Session) -> None:
+    """Our training step, views included, against the official one."""
+    for setting in settings(session, PROTOTYPES):
+        measure(
+            session.report,
+            reference=session.reference,
+            images=session.images,
+            setting=setting,
+            rounds=session.rounds,
+            units=session.steps,
+        )
 
 
 def measure(

@@ -24,6 +24,7 @@ from official import OfficialTraining, Reference
 from pretrain.data.loader import Batch
 from rates import Measured, RateRow
 from report import Report
+from session import Session
 from sizes import Size, random_batches
 from step import Setting
 from timing import take_turns
@@ -56,26 +57,55 @@ def official(size: Size, device: str, reference: Reference, *, low: str | None =
     return build
 
 
-def contestants(
-    size: Size, device: str, reference: Reference | None, *, compile: bool, ablations: bool
-) -> dict[str, Builder]:
-    """Who is compared, the opponent first; ablations change one thing each in our fastest step."""
+def run(session: Session) -> None:
+    """Ours, eager and compiled, against the official step at every size."""
+    for name, size, batch in session.sizes():
+        _run(session, "throughput", name, size, batch, contestants(size, session))
+
+
+def run_ablations(session: Session) -> None:
+    """Our fastest step against itself with one thing done the plain way, at the first size."""
+    name, size, batch = session.sizes()[0]
+    compile = session.options.compile and session.on_gpu  # on a CPU compiling so many would take longer than measuring
+    builders = {name: ours(size, session.device, variant, compile=compile) for name, variant in ABLATIONS.items()}
+    _run(session, "ablations", name, size, batch, builders)
+
+
+def contestants(size: Size, session: Session) -> dict[str, Builder]:
+    """Who is compared, the opponent first."""
+    device, reference = session.device, session.reference
     found: dict[str, Builder] = {}
     if reference:
         if on_gpu(device):
             found["official, fp16"] = official(size, device, reference, low="fp16")
         found["official"] = official(size, device, reference)
     found["ours"] = ours(size, device, Variant(), compile=False)
-    if compile:
+    if session.options.compile:
         found["ours, compiled"] = ours(size, device, Variant(), compile=True)
-    if ablations:
-        found |= {name: ours(size, device, variant, compile=compile) for name, variant in ABLATIONS.items()}
     return found
+
+
+def _run(session: Session, bench: str, name: str, size: Size, batch: int, builders: Mapping[str, Builder]) -> None:
+    for precision in session.precisions:
+        measure(
+            session.report,
+            bench=bench,
+            name=name,
+            size=size,
+            batch=batch,
+            precision=precision,
+            device=session.device,
+            builders=builders,
+            ceilings=session.ceilings,
+            rounds=session.rounds,
+            units=session.steps,
+        )
 
 
 def measure(
     report: Report,
     *,
+    bench: str,
     name: str,
     size: Size,
     batch: int,
@@ -91,6 +121,8 @@ def measure(
     found = {contestant: Measured(ceiling=ceilings.of(precision)) for contestant in builders}
     for contestant, gates in _gates(size, device, precision, builders).items():
         found[contestant].gate, found[contestant].remark = gates
+        if found[contestant].remark:
+            report.failures.append(f"{bench}, {name}, {contestant}: {found[contestant].remark}")
     batches = random_batches(recipe, device)
     ready: dict[str, Contestant] = {}
     for contestant, build in builders.items():
@@ -112,7 +144,7 @@ def measure(
     if "ours" in ready:
         described["GFLOP_done"] = round(counted(partial(ready["ours"].step, batches[0])) / batch / 1e9, 4)
     described |= {"threads": torch.get_num_threads(), "device": device}
-    report.add(RateRow("throughput", described, found))
+    report.add(RateRow(bench, described, found))
 
 
 def _gates(
@@ -174,7 +206,8 @@ def _time(
             contestant.step(batch)
 
     def warm(contestant: Contestant) -> None:
-        _free(device)  # so that the pieces of memory that one leaves do not hinder the next
+        if on_gpu(device):
+            _free(device)  # so that the pieces of memory that one leaves do not hinder the next
         steps(contestant, WARM_STEPS if on_gpu(device) else 1)
 
     fitting = {}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pretrain.methods.dino import Dino
 from pretrain.models.network import Outputs
 from pretrain.models.positions import PositionalViT
-from pretrain.training.recipe import Recipe
+from pretrain.training.optim import OptimConfig
 from pretrain.training.trainer import Trainer
 from sizes import Size
 from step import OurStep
@@ -50,9 +50,9 @@ def adamw_tensor_by_tensor(trainer: Trainer) -> None:
 
 
 def clip_tensor_by_tensor(trainer: Trainer) -> None:
-    """Clipping that reads every norm on the host, as the official code does. The recipe's own clipping is 0 beside it."""
+    """Clipping that reads every norm on the host, as the official code does; the recipe's own is switched off."""
     method, parameters = _dino(trainer), [p for part in trainer.parameters for p in part]
-    limit = type(trainer.recipe.optim)().clip
+    limit = OptimConfig().clip
 
     def before_update(self: Dino, step: int) -> None:
         Dino.before_update(self, step)
@@ -115,6 +115,7 @@ def loss_read_every_step(trainer: Trainer) -> None:
 
 
 ABLATIONS = {
+    "ours": Variant(),
     "attention written out": Variant(("model.attention=math",)),
     "last block whole": Variant(change=whole_last_block),
     "loss pair by pair": Variant(change=loss_pair_by_pair),
@@ -125,7 +126,7 @@ ABLATIONS = {
     "teacher tensor by tensor": Variant(change=teacher_tensor_by_tensor),
     "loss read every step": Variant(change=loss_read_every_step),
 }
-"""One change each."""
+"""One change each, after the step as it is."""
 
 
 def _dino(trainer: Trainer) -> Dino:
