@@ -10,14 +10,7 @@
 
 A stopped run goes on from its last checkpoint when the script is started again (run folders: --work).
 
-The band, set before any of these runs. Curves are means over the last WINDOW steps. After the warm-up the curve of an
-optimised run stays, at every step, as near to the plain one as the larger of
-    the sample standard deviation between the plain runs of the three seeds, pooled over POOL steps around: a training
-        that is changed by less than another seed changes it supports the same conclusions. Two seeds are further apart
-        than this about half of the time, so the band is narrower than what exchanging the seed would need; pooled,
-        because three curves cross, and where they do their deviation says nothing
-    FLOOR of the loss: what one step from equal weights may differ in bf16, so no less can be asked of 2,000
-and the first FIRST steps of optimised_fp32, one by one, by no more than one step from equal weights may differ in fp32.
+The band within which the curves are to stay was set before any of these runs; it stands in loss_band.py.
 kNN at the end is shown, not judged: it is one number a run.
 """
 
@@ -42,6 +35,7 @@ from dinobench.files import read_json, write_json
 from dinobench.reporter import Reporter
 from dinobench.runs import RunFolder
 from dinobench.train import Request, pretrain
+from loss_band import EXACT, FLOOR, POOL, WINDOW, half_width, judge, judge_first, smooth
 from pretrain.errors import CheckFailed, DinobenchError
 from pretrain.methods.dino import Dino
 from pretrain.models.checkpoint import load
@@ -57,9 +51,6 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).parents[2] / "results" / "bench" / "loss_curve"
 WORK = Path("runs") / "loss_curve"
 METHOD = "dino"
-WINDOW, POOL, FIRST = 50, 201, 20
-FLOOR, EXACT = 5e-3, 1e-5
-"""Of the loss: what one step from equal weights may differ in bf16 and in fp32 before the benchmark times it."""
 
 SETTINGS = (
     "optim.batch_size=32",
@@ -220,48 +211,6 @@ def curves(folders: Mapping[str, RunFolder]) -> dict[str, np.ndarray]:
     return losses
 
 
-def smooth(losses: np.ndarray, window: int = WINDOW) -> np.ndarray:
-    """Mean over the last `window` steps, of fewer at the start: [T] -> [T]."""
-    total = np.concatenate([[0.0], np.cumsum(losses)])
-    ends = np.arange(1, len(losses) + 1)
-    starts = np.maximum(ends - window, 0)
-    return (total[ends] - total[starts]) / (ends - starts)
-
-
-def deviation_between(smoothed: Sequence[np.ndarray], pool: int = POOL) -> np.ndarray:
-    """Sample standard deviation between curves, its square averaged over `pool` steps around each: [T]."""
-    variance = np.var(np.stack(smoothed), axis=0, ddof=1)
-    half = pool // 2
-    return np.array([np.sqrt(variance[max(t - half, 0) : t + half + 1].mean()) for t in range(len(variance))])
-
-
-def half_width(reference: np.ndarray, controls: Sequence[np.ndarray]) -> np.ndarray:
-    """The band around the smoothed reference, [T]: see the module's docstring."""
-    return np.maximum(deviation_between([reference, *controls]), FLOOR * reference)
-
-
-def judge(run: np.ndarray, reference: np.ndarray, width: np.ndarray, warmup: int) -> dict[str, Any]:
-    """Smoothed curves [T] against each other after the warm-up."""
-    difference, width, reference = (run - reference)[warmup:], width[warmup:], reference[warmup:]
-    share = np.abs(difference) / width
-    return {
-        "inside": bool((share <= 1).all()),
-        "steps_inside": float((share <= 1).mean()),
-        "largest_share_of_band": float(share.max()),
-        "at_step": int(share.argmax()) + warmup + 1,
-        "largest_difference": float(np.abs(difference).max()),
-        "largest_relative_difference": float(np.abs(difference / reference).max()),
-        "mean_difference": float(difference.mean()),
-        "difference_at_end": float(difference[-1]),
-    }
-
-
-def judge_first(run: np.ndarray, reference: np.ndarray, tolerance: float = EXACT) -> dict[str, Any]:
-    """The first steps one by one, not smoothed."""
-    worst = np.abs(run[:FIRST] / reference[:FIRST] - 1)
-    return {"steps": len(worst), "inside": bool((worst <= tolerance).all()), "largest_relative": float(worst.max())}
-
-
 def compare(folders: Mapping[str, RunFolder], *, tiny: bool) -> dict[str, Any]:
     """Everything the record holds beside the curves."""
     losses = curves(folders)
@@ -285,6 +234,7 @@ def compare(folders: Mapping[str, RunFolder], *, tiny: bool) -> dict[str, Any]:
         },
         "verdicts": verdicts,
         "other_seeds": {name: judge(smoothed[name], reference, width, warmup) for name in CONTROLS},
+        "recipe": folders[REFERENCE].recipe(),
         "runs": {name: describe(name, folder, smoothed[name], tiny=tiny) for name, folder in folders.items()},
     }
 
@@ -297,18 +247,20 @@ def warmup_steps(folder: RunFolder) -> int:
 
 def describe(name: str, folder: RunFolder, smoothed: np.ndarray, *, tiny: bool) -> dict[str, Any]:
     """What a run was, and where it ended."""
-    last, state, starts = folder.journal.read()[-1].metrics, folder.state(), folder.path / "environment.json"
+    last, state, recipe = folder.journal.read()[-1].metrics, folder.state(), folder.recipe()
+    starts = read_json(folder.path / "environment.json")["starts"]
     return {
-        "recipe": folder.recipe(),
-        "loss_over_pairs": RUNS[name].plain_loss,
-        "commits": sorted({start["code"].get("commit", "unknown") for start in read_json(starts)["starts"]}),
-        "starts": len(read_json(starts)["starts"]),
-        "seconds": round(state.seconds, 1),
+        "seed": recipe["seed"],
+        "runtime": recipe["runtime"],
+        "attention": recipe["model"]["attention"],
+        "cache": recipe["data"]["cache"],
+        "loop_over_pairs": RUNS[name].plain_loss,
+        "commits": sorted({start["code"].get("commit", "unknown") for start in starts}),
+        "starts": len(starts),
         "steps": state.step,
+        "seconds": round(state.seconds, 1),
         "smoothed_loss_at_end": float(smoothed[-1]),
-        "metrics_at_end": {
-            key: last[key] for key in ("health/target_entropy", "health/feature_std", "prototypes/used")
-        },
+        "at_end": {key: last[key] for key in ("health/target_entropy", "health/feature_std", "prototypes/used")},
         "knn": neighbours(folder, baselines=name == REFERENCE, tiny=tiny),
     }
 

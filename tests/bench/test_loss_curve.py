@@ -1,4 +1,4 @@
-"""What the comparison of loss curves calls inside its band, and that a stopped run ends like one that was not."""
+"""The comparison of loss curves: what differs between its runs, and that a stopped run ends like one that was not."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from pretrain.training.recipe import resolve
 from pretrain.training.schedules import Plan
 
 SCRIPT = Path(__file__).with_name("loss_curve.py")
-STEPS, WARMUP = 400, 50
 
 
 @pytest.fixture
@@ -31,71 +30,6 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The script as a module; its neighbours are found as when it runs."""
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     return importlib.import_module("loss_curve")
-
-
-@pytest.fixture
-def smoothed(script: Any) -> dict[str, np.ndarray]:
-    """A reference that falls from 6 to 2 and two other seeds, 0.1 above and below it."""
-    reference = np.linspace(6, 2, STEPS)
-    return {"plain": reference, "above": reference + 0.1, "below": reference - 0.1}
-
-
-def judged(script: Any, smoothed: dict[str, np.ndarray], run: np.ndarray) -> dict[str, Any]:
-    width = script.half_width(smoothed["plain"], [smoothed["above"], smoothed["below"]])
-    return script.judge(run, smoothed["plain"], width, WARMUP)
-
-
-def test_smoothing_is_the_mean_of_the_last_steps(script: Any) -> None:
-    losses = np.random.default_rng(0).normal(5, 1, 90)
-    found = script.smooth(losses, 20)
-    assert found[60] == pytest.approx(losses[41:61].mean())
-    assert found[4] == pytest.approx(losses[:5].mean())
-
-
-def test_seeds_that_cross_still_have_a_deviation(script: Any) -> None:
-    up = np.linspace(-1, 1, 101)
-    assert np.var([up, -up], axis=0, ddof=1)[50] == 0
-    expected = np.sqrt(np.mean(2 * np.linspace(-0.2, 0.2, 21) ** 2))
-    assert script.deviation_between([up, -up], pool=21)[50] == pytest.approx(expected)
-
-
-def test_a_curve_between_the_seeds_is_inside(script: Any, smoothed: dict[str, np.ndarray]) -> None:
-    verdict = judged(script, smoothed, smoothed["plain"] + 0.099)
-    assert verdict["inside"] and verdict["steps_inside"] == 1
-    assert verdict["largest_share_of_band"] == pytest.approx(0.99)
-    assert verdict["mean_difference"] == pytest.approx(0.099)
-
-
-def test_one_step_outside_is_named(script: Any, smoothed: dict[str, np.ndarray]) -> None:
-    run = smoothed["plain"].copy()
-    run[299] -= 0.11
-    verdict = judged(script, smoothed, run)
-    assert not verdict["inside"] and verdict["at_step"] == 300
-    assert verdict["steps_inside"] == pytest.approx(1 - 1 / (STEPS - WARMUP))
-
-
-def test_the_warm_up_is_not_judged(script: Any, smoothed: dict[str, np.ndarray]) -> None:
-    run = smoothed["plain"].copy()
-    run[:WARMUP] += 1
-    assert judged(script, smoothed, run)["inside"]
-    run[WARMUP] += 1
-    assert not judged(script, smoothed, run)["inside"]
-
-
-def test_where_the_seeds_agree_the_floor_is_the_band(script: Any) -> None:
-    reference = np.full(STEPS, 4.0)
-    width = script.half_width(reference, [reference, reference])
-    assert width == pytest.approx(np.full(STEPS, 4 * script.FLOOR))
-
-
-def test_first_steps_are_compared_one_by_one(script: Any) -> None:
-    reference = np.full(STEPS, 4.0)
-    run = reference * (1 + 0.9 * script.EXACT)
-    run[script.FIRST] = 5
-    assert script.judge_first(run, reference)["inside"]
-    run[script.FIRST - 1] = 4 * (1 + 1.1 * script.EXACT)
-    found = script.judge_first(run, reference)
-    assert not found["inside"] and found["largest_relative"] == pytest.approx(1.1 * script.EXACT)
 
 
 @pytest.mark.parametrize("method", ["dino", "dino_vmf"])
@@ -150,12 +84,12 @@ def test_a_stopped_run_goes_on_to_the_same_curve(script: Any, tmp_path: Path) ->
 @pytest.mark.slow
 def test_tiny_comparison_writes_data_record_and_figure(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--tiny", "--work", str(tmp_path / "runs"), "--output", str(tmp_path)]
-    for _ in range(2):
-        done = subprocess.run(
-            [*command, "--machine", "here"], cwd=tmp_path, capture_output=True, text=True, timeout=900
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr.count("nothing to train") == 5  # the second time all runs are found finished
+    first, second = (
+        subprocess.run([*command, "--machine", "here"], cwd=tmp_path, capture_output=True, text=True, timeout=900)
+        for _ in range(2)
+    )
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert second.stderr.count("nothing to train") == 5
     (record,) = tmp_path.glob("*-here.json")
     assert record.with_suffix(".png").stat().st_size and record.with_suffix(".svg").stat().st_size
     with record.with_suffix(".csv").open() as file:
@@ -163,5 +97,5 @@ def test_tiny_comparison_writes_data_record_and_figure(tmp_path: Path) -> None:
     assert [int(row["step"]) for row in rows] == list(range(1, 31))
     found = json.loads(record.read_text())
     assert set(found["runs"]) == set(rows[0]) - {"step"}
-    first = found["verdicts"]["optimised_fp32, first steps"]
-    assert first["inside"], first
+    exact = found["verdicts"]["optimised_fp32, first steps"]
+    assert exact["inside"], exact
