@@ -31,8 +31,9 @@ from pretrain.training.runtime import Runtime
 from rates import Measured, RateRow
 from report import Report
 from session import Session
-from sizes import Size, random_batches
+from sizes import SIZES, Size, random_batches
 from step import OurStep, Setting
+from throughput import gates, official
 from timing import Times
 
 MEMORY_FOLDER = Path("/dev/shm")
@@ -48,12 +49,12 @@ Turn = Callable[[], Steps]
 
 def run(session: Session) -> None:
     """Every network at its first batch."""
-    for name, size, batch in {name: (name, size, batch) for name, size, batch in reversed(session.sizes())}.values():
+    for name in session.options.size:
         measure(
             session.report,
             name=name,
-            size=size,
-            batch=batch,
+            size=SIZES[name],
+            batch=session.batches(name)[0],
             precision=session.precisions[0],
             device=session.device,
             compile=session.options.compile and session.on_gpu,
@@ -90,8 +91,13 @@ def measure(
         data = (f"data.name=folder:{folder}", f"runtime.workers={workers}")
         recipe = size.recipe(batch, device, precision, [*data, f"runtime.compile={str(compile).lower()}"])
         turns: dict[str, Turn] = {}
+        gate: dict[str, dict[str, float]] = {}
         if reference:
-            setting = Setting.of(recipe, "fp16" if on_gpu(device) and precision == "bf16" else precision)
+            low = "fp16" if on_gpu(device) and precision == "bf16" else None
+            gate, unequal = gates(size, device, precision, {"": official(size, device, reference, low=low)})[""]
+            if unequal:
+                raise SystemExit(unequal)
+            setting = Setting.of(recipe, low or precision)
             turns["official"] = partial(_train_official, OfficialTraining(reference, setting, files, 0.1, workers))
         else:
             pil = size.recipe(batch, device, precision, [*data, *PIL])
@@ -101,7 +107,9 @@ def measure(
         turns["our loader alone"] = partial(_load, recipe)
         turns["our step alone"] = partial(_step, ours, random_batches(recipe, device))
         found = {turn: Measured() for turn in turns}
-        for trained in list(found)[:2]:
+        opponent, *_ = found
+        found[opponent].gate = gate
+        for trained in (opponent, "ours"):
             found[trained].ceiling = ceilings.of(precision)
         drain = 2 * max(workers, 1) + 1  # batches that workers hold ready
         for _, (turn, start) in itertools.product(range(rounds), turns.items()):
@@ -135,9 +143,9 @@ def _train(ours: OurStep, recipe: Recipe) -> Steps:
         yield ours.step(batch)
 
 
-def _train_official(official: OfficialTraining) -> Steps:
-    for views in official.batches():
-        yield official.update(views)
+def _train_official(training: OfficialTraining) -> Steps:
+    for views in training.batches():
+        yield training.update(views)
 
 
 def _load(recipe: Recipe) -> Steps:

@@ -44,7 +44,7 @@ def measure(
     ceilings: Ceilings,
     device: str,
 ) -> None:
-    """One row: seconds of a sweep of so many iterations on features [N, 4 CLS tokens and a mean patch token of `dim`]."""
+    """One row: seconds of so many iterations on features [N, 5 dim]: four CLS tokens and a mean patch token."""
     split = _split(num_train, dim, num_classes, device)
     parameters = Parameters(epochs=1, epoch_length=iterations, batch_size=batch)
     context = Context(num_classes, device=device)

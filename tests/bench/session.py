@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -60,11 +61,11 @@ class Session:
 
     def sizes(self) -> list[tuple[str, Size, int]]:
         """(name, size, images per step) to train at, the most telling first."""
-        return [
-            (name, SIZES[name], batch)
-            for name in self.options.size
-            for batch in self.options.batch or SIZES[name].batches
-        ]
+        return [(name, SIZES[name], batch) for name in self.options.size for batch in self.batches(name)]
+
+    def batches(self, size: str) -> Sequence[int]:
+        """Images per step to train a size with."""
+        return self.options.batch or SIZES[size].batches
 
 
 def parse(description: str, benches: dict[str, list[str]]) -> argparse.Namespace:
@@ -79,12 +80,8 @@ def parse(description: str, benches: dict[str, list[str]]) -> argparse.Namespace
     parser.add_argument("--batch", nargs="+", type=int, help="images per step (default: those of each size)")
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), help="default: fp32, on a GPU bf16")
     parser.add_argument("--prototypes", nargs="+", type=int, help="K of step, methods and patch_head")
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="compiled blocks (default: unless tiny)"
-    )
-    parser.add_argument(
-        "--threads", nargs="+", type=int, help="torch threads, one set of rows each (default on a CPU 1 2)"
-    )
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compiled blocks (but in --tiny)")
+    parser.add_argument("--threads", nargs="+", type=int, help="torch threads, a set of rows each (on a CPU: 1 2)")
     parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="processes that decode")
     parser.add_argument("--queries", type=int, help="of kNN")
     parser.add_argument("--rounds", type=int, help="turns of each contestant")

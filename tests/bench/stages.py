@@ -33,8 +33,8 @@ STAGES = (
     "teacher update", "health", OTHER,
 )  # fmt: skip
 TOP_OPERATORS = 15
-IMAGES_PER_BATCH = 4
-"""The set of images is so many batches."""
+NUM_BATCHES = 4
+"""In the set of images."""
 
 
 class Stopwatch:
@@ -160,7 +160,7 @@ def measure(
 ) -> None:
     """Both tables for one size."""
     recipe = size.recipe(batch, device, precision, [f"runtime.compile={str(compile).lower()}"])
-    training = OurTraining(recipe, noise_set(IMAGES_PER_BATCH * batch, recipe.data.resize or recipe.views.global_size))
+    training = OurTraining(recipe, noise_set(NUM_BATCHES * batch, recipe.data.resize or recipe.views.global_size))
     training.steps(2)
     setting = {
         "size": name,

@@ -119,7 +119,7 @@ def measure(
     """One row: all contestants at one size and batch."""
     recipe = size.recipe(batch, device, precision)
     found = {contestant: Measured(ceiling=ceilings.of(precision)) for contestant in builders}
-    for contestant, gates in _gates(size, device, precision, builders).items():
+    for contestant, gates in gates(size, device, precision, builders).items():
         found[contestant].gate, found[contestant].remark = gates
         if found[contestant].remark:
             report.failures.append(f"{bench}, {name}, {contestant}: {found[contestant].remark}")
@@ -147,7 +147,7 @@ def measure(
     report.add(RateRow(bench, described, found))
 
 
-def _gates(
+def gates(
     size: Size, device: str, precision: str, builders: Mapping[str, Builder]
 ) -> dict[str, tuple[dict[str, dict[str, float]], str]]:
     """For each contestant how equal its step is to ours, and why it may not be timed, if so."""
