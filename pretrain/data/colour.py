@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pretrain.data.device import copy_to
 from pretrain.data.resample import to_device
 
 _GRAY = (0.2989, 0.587, 0.114)
@@ -36,7 +37,7 @@ def where_chosen(
     if not chosen.any():
         return images
     if images.device.type != "cpu":
-        mask = torch.from_numpy(chosen).to(images.device, non_blocking=True)[:, None, None, None]
+        mask = copy_to(torch.from_numpy(chosen), images.device)[:, None, None, None]
         extra = () if parameters is None else (to_device(parameters, images.device),)
         return torch.where(mask, operation(images, *extra), images)
     extra = () if parameters is None else (to_device(parameters[chosen], images.device),)
