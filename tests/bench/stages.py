@@ -160,6 +160,7 @@ def measure(
 ) -> None:
     """Both tables for one size."""
     recipe = size.recipe(batch, device, precision, [f"runtime.compile={str(compile).lower()}"])
+    torch.compiler.reset()
     training = OurTraining(recipe, noise_set(NUM_BATCHES * batch, recipe.data.resize or recipe.views.global_size))
     training.steps(2)
     setting = {

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pretrain.methods.dino import Dino
 from pretrain.models.network import Outputs
 from pretrain.models.positions import PositionalViT
+from pretrain.objectives.losses import LIVE_LOGITS
 from pretrain.training.optim import OptimConfig
 from pretrain.training.trainer import Trainer
 from sizes import Size
@@ -92,6 +93,15 @@ def loss_pair_by_pair(trainer: Trainer) -> None:
     _replace(_dino(trainer), image_loss)
 
 
+def logits_in_chunks(trainer: Trainer) -> None:
+    """The logits of an eighth of the images at a time: what bounding the memory costs."""
+    method, recipe = _dino(trainer), trainer.recipe
+    rows = (len(recipe.views.views) + 2) * recipe.optim.batch_size
+    limit = max(LIVE_LOGITS["cross_entropy"] * rows * recipe.head.num_prototypes * 4 // 8, 1)
+    runtime = recipe.runtime.model_copy(update={"max_logits_bytes": limit})
+    method.recipe = recipe.model_copy(update={"runtime": runtime})
+
+
 def whole_last_block(trainer: Trainer) -> None:
     """The last block for every token, though only its CLS token is read."""
     for network in (_dino(trainer).student, _dino(trainer).teacher):
@@ -119,7 +129,7 @@ ABLATIONS = {
     "attention written out": Variant(("model.attention=math",)),
     "last block whole": Variant(change=whole_last_block),
     "loss pair by pair": Variant(change=loss_pair_by_pair),
-    "logits in chunks": Variant(("runtime.max_logits_bytes=268435456",)),
+    "logits in eight chunks": Variant(change=logits_in_chunks),
     "activations recomputed": Variant(("runtime.checkpoint_activations=true",)),
     "clipping tensor by tensor": Variant(("optim.clip=0",), clip_tensor_by_tensor),
     "AdamW tensor by tensor": Variant(change=adamw_tensor_by_tensor),
