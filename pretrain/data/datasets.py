@@ -5,8 +5,8 @@
     cifar100, flowers102, ...   the same, as torchvision lays them out (pretrain.data.torchvision_sets)
     imagenet:/path              folders train/ and val/ with one folder per class
     folder:/path                images in a folder or a .tar, .tar.gz or .zip: <split>/<class>/..., <class>/..., or flat
-    wds:/path/train-{000..146}.tar   tar shards named in WebDataset's way: 0001.jpg with its label in 0001.cls; or their
-                                folder. Quote the braces on a command line: a shell would expand them
+    wds:/path/{000..146}.tar    tar shards in WebDataset's naming, 0001.jpg with label 0001.cls, or a folder of shards;
+                                in a shell the braces need quotes
     npz:/path                   arrays `images` and `labels`, or `train_images`, `train_labels`, `test_images`, ...
 
 Every set has the splits listed for it, and parts of them: "train[:0.8]" and "train[0.8:]" are disjoint, stratified by
@@ -125,7 +125,7 @@ _URIS = {
     "wds": (
         "tar shards in WebDataset's naming: 0001.jpg with 0001.cls, or a folder of them",
         ("train", "val", "test"),
-        "wds:/path/train-{000000..000146}.tar",
+        "wds:/path/{000..146}.tar",
     ),
     "npz": ("images and labels in a NumPy archive", ("train", "val", "test"), "npz:/path"),
 }

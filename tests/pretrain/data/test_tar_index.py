@@ -56,7 +56,7 @@ def test_links_are_no_files(tmp_path: Path) -> None:
 
 
 # Of five files of 0, 400, ... bytes after a folder: in a header, in a file, between two files, before the end.
-@pytest.mark.parametrize("length", [100, 800, 512 * 5 + 20, 512 * 6, 512 * 8])
+@pytest.mark.parametrize("length", [100, 800, 512 * 5 + 20, 512 * 7, 512 * 8])
 def test_an_archive_that_ends_too_early_is_refused(tmp_path: Path, length: int) -> None:
     path = _write(tmp_path / "x.tar", [f"{k}.jpg" for k in range(5)], form=tarfile.USTAR_FORMAT)
     assert len(path.read_bytes().rstrip(b"\0")) > length

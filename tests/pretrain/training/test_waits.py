@@ -187,6 +187,7 @@ def _slow(seconds):
 
 @pytest.mark.gpu
 def test_a_gpu_waits_where_it_has_nothing_to_do():
+    torch.ones(8, device="cuda").add_(1)  # CUDA starts now
     measured, batches = BatchWaits(_loader(device="cuda")), _slow(0.05)
     for _ in range(5):
         measured.next(batches)
@@ -198,6 +199,7 @@ def test_a_gpu_waits_where_it_has_nothing_to_do():
 
 @pytest.mark.gpu
 def test_a_host_that_waits_while_the_gpu_works_costs_nothing():
+    torch.cuda._sleep(1)  # CUDA starts now
     measured, batches = BatchWaits(_loader(device="cuda")), _slow(0.01)
     torch.cuda.set_sync_debug_mode("error")
     try:
