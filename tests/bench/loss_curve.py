@@ -247,7 +247,8 @@ def warmup_steps(folder: RunFolder) -> int:
 
 def describe(name: str, folder: RunFolder, smoothed: np.ndarray, *, tiny: bool) -> dict[str, Any]:
     """What a run was, and where it ended."""
-    last, state, recipe = folder.journal.read()[-1].metrics, folder.state(), folder.recipe()
+    state, recipe, journal = folder.state(), folder.recipe(), folder.journal
+    shown = ("health/target_entropy", "health/feature_std", "prototypes/used")
     starts = read_json(folder.path / "environment.json")["starts"]
     return {
         "seed": recipe["seed"],
@@ -260,7 +261,7 @@ def describe(name: str, folder: RunFolder, smoothed: np.ndarray, *, tiny: bool) 
         "steps": state.step,
         "seconds": round(state.seconds, 1),
         "smoothed_loss_at_end": float(smoothed[-1]),
-        "at_end": {key: last[key] for key in ("health/target_entropy", "health/feature_std", "prototypes/used")},
+        "last_step": {key: journal.curve(key)[1][-1] for key in shown},
         "knn": neighbours(folder, baselines=name == REFERENCE, tiny=tiny),
     }
 
