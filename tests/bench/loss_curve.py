@@ -38,7 +38,7 @@ from dinobench.train import Request, pretrain
 from loss_band import EXACT, FLOOR, POOL, WINDOW, half_width, judge, judge_first, smooth
 from pretrain.errors import CheckFailed, DinobenchError
 from pretrain.methods.dino import Dino
-from pretrain.models.checkpoint import load
+from pretrain.models.checkpoint import load, read
 from pretrain.models.network import Outputs
 from pretrain.training.recipe import Recipe, resolve
 from report import environment, machine_name
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parents[2] / "results" / "bench" / "loss_curve"
 WORK = Path("runs") / "loss_curve"
-METHOD = "dino"
+METHODS = ("dino", "dino_vmf")
 
 SETTINGS = (
     "optim.batch_size=32",
@@ -112,6 +112,7 @@ STYLES = {
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=METHODS, default=METHODS[0], help="what is trained (default %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="30 steps on digits; nothing is judged")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=RUNS, help="train these only; compares when all are")
     parser.add_argument("--work", type=Path, default=WORK, help=f"folder of the runs (default {WORK})")
@@ -127,16 +128,17 @@ def main() -> None:
         SystemExit: with code 4 when a curve leaves the band, with another when a run was stopped.
     """
     options = parse()
+    work, machine = options.work / options.method, options.machine or machine_name()
+    path = options.output / f"{datetime.date.today():%Y-%m-%d}-{machine}-{options.method}"
     try:
         for name in options.runs:
-            train_run(name, recipe(name, tiny=options.tiny), options.work / name)
-        folders = {name: find_folder(options.work / name) for name in RUNS}
+            train_run(name, recipe(options.method, name, tiny=options.tiny), work / name)
+        folders = {name: find_folder(work / name) for name in RUNS}
         finished = {name: folder for name, folder in folders.items() if folder and folder.state().status == "finished"}
         if finished.keys() < RUNS.keys():
             print(f"not compared yet: {', '.join(RUNS.keys() - finished.keys())} to be trained")
             return
         record = compare(finished, tiny=options.tiny)
-        path = options.output / f"{datetime.date.today():%Y-%m-%d}-{options.machine or machine_name()}"
         write(record, curves(finished), path)
         for name, verdict in record["verdicts"].items():
             print(f"{name}: {'inside' if verdict['inside'] else 'OUTSIDE'} the band  {verdict}")
@@ -147,12 +149,12 @@ def main() -> None:
         raise SystemExit(error.exit_code) from error
 
 
-def recipe(name: str, *, tiny: bool, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a run; its seed decides weights, images and views."""
+def recipe(method: str, name: str, *, tiny: bool, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a run of a method; its seed decides weights, images and views."""
     run = RUNS[name]
     settings = TINY if tiny else SETTINGS
     found = resolve(
-        METHOD,
+        method,
         preset="digits" if tiny else "fashion_mnist",
         seed=run.seed,
         overrides=[*settings, *EVERY_RUN, *run.switches, *overrides],
@@ -172,6 +174,7 @@ def train_run(name: str, of: Recipe, output: Path) -> None:
         DinobenchError: the run was stopped before its end.
     """
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     loss = mock.patch.object(Dino, "image_loss", loop_over_pairs) if RUNS[name].plain_loss else contextlib.nullcontext()
     # a block that is compiled too often would silently run eagerly
     with loss, torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
@@ -235,7 +238,10 @@ def compare(folders: Mapping[str, RunFolder], *, tiny: bool) -> dict[str, Any]:
         "verdicts": verdicts,
         "other_seeds": {name: judge(smoothed[name], reference, width, warmup) for name in CONTROLS},
         "recipe": folders[REFERENCE].recipe(),
-        "runs": {name: describe(name, folder, smoothed[name], tiny=tiny) for name, folder in folders.items()},
+        "runs": {
+            name: describe(name, folder, folders[REFERENCE], smoothed[name], tiny=tiny)
+            for name, folder in folders.items()
+        },
     }
 
 
@@ -245,7 +251,7 @@ def warmup_steps(folder: RunFolder) -> int:
     return schedule["warmup_epochs"] * schedule["steps_per_epoch"]
 
 
-def describe(name: str, folder: RunFolder, smoothed: np.ndarray, *, tiny: bool) -> dict[str, Any]:
+def describe(name: str, folder: RunFolder, reference: RunFolder, smoothed: np.ndarray, *, tiny: bool) -> dict[str, Any]:
     """What a run was, and where it ended."""
     state, recipe, journal = folder.state(), folder.recipe(), folder.journal
     shown = ("health/target_entropy", "health/feature_std", "prototypes/used")
@@ -262,8 +268,19 @@ def describe(name: str, folder: RunFolder, smoothed: np.ndarray, *, tiny: bool) 
         "seconds": round(state.seconds, 1),
         "smoothed_loss_at_end": float(smoothed[-1]),
         "last_step": {key: journal.curve(key)[1][-1] for key in shown},
+        "weights_from_plain": weights_apart(folder, reference),
         "knn": neighbours(folder, baselines=name == REFERENCE, tiny=tiny),
     }
+
+
+def weights_apart(folder: RunFolder, reference: RunFolder) -> float:
+    """Median over the student's tensors of their distance from the reference's, relative to its norm.
+
+    The median: biases before BatchNorm, to which the loss is indifferent, go their own way in every training.
+    """
+    ours, theirs = (read(run.last_checkpoint)["student"] for run in (folder, reference))
+    pairs = [(ours[key].double(), theirs[key].double()) for key in ours if ours[key].is_floating_point()]
+    return float(np.median([float((a - b).norm() / b.norm()) for a, b in pairs if b.any()]))
 
 
 def neighbours(folder: RunFolder, *, baselines: bool, tiny: bool) -> dict[str, Any]:
@@ -282,7 +299,7 @@ def neighbours(folder: RunFolder, *, baselines: bool, tiny: bool) -> dict[str, A
 
 
 def write(record: dict[str, Any], losses: Mapping[str, np.ndarray], path: Path) -> None:
-    """`path`.csv: the loss of every step; .json: the record; .png and .svg: the figure."""
+    """`path`.csv: the loss of every step; .json: the record; .png: the figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".csv").open("w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
@@ -291,8 +308,7 @@ def write(record: dict[str, Any], losses: Mapping[str, np.ndarray], path: Path) 
         rows.writerows([step, *(f"{loss:.9g}" for loss in row)] for step, row in enumerate(table, 1))
     write_json(path.with_suffix(".json"), record)
     figure = draw({name: smooth(values) for name, values in losses.items()}, record["band"]["warmup_steps"])
-    for suffix in (".png", ".svg"):
-        plots.save(figure, path.with_suffix(suffix))
+    plots.save(figure, path.with_suffix(".png"))
 
 
 def draw(smoothed: Mapping[str, np.ndarray], warmup: int) -> Figure:

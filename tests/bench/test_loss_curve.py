@@ -60,9 +60,9 @@ def test_a_curve_with_a_step_missing_is_refused(script: Any, tmp_path: Path) -> 
 
 
 def test_runs_of_one_seed_differ_in_nothing_but_how_they_are_computed(script: Any) -> None:
-    plain = script.recipe("plain", tiny=False)
+    plain = script.recipe("dino", "plain", tiny=False)
     for name in script.JUDGED:
-        other = script.recipe(name, tiny=False)
+        other = script.recipe("dino", name, tiny=False)
         assert other.runtime.compile and 0 < other.runtime.max_logits_bytes < 2**22
         same = {"model": other.model.model_copy(update={"attention": plain.model.attention}), "data": plain.data}
         assert other.model_copy(update=same).identity == plain.identity
@@ -70,11 +70,11 @@ def test_runs_of_one_seed_differ_in_nothing_but_how_they_are_computed(script: An
 
 @pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_curve(script: Any, tmp_path: Path) -> None:
-    stopping = script.recipe("plain", tiny=True, overrides=["runtime.max_minutes=1e-9"])
+    stopping = script.recipe("dino", "plain", tiny=True, overrides=["runtime.max_minutes=1e-9"])
     with pytest.raises(DinobenchError, match="stopped at step 1: start again"):
         script.train_run("plain", stopping, tmp_path / "stopped")
     for folder in ("stopped", "whole"):
-        script.train_run("plain", script.recipe("plain", tiny=True), tmp_path / folder)
+        script.train_run("plain", script.recipe("dino", "plain", tiny=True), tmp_path / folder)
     folders = {name: script.find_folder(tmp_path / name) for name in ("stopped", "whole")}
     found = script.curves(folders)
     assert len(found["whole"]) == 30
@@ -90,8 +90,8 @@ def test_tiny_comparison_writes_data_record_and_figure(tmp_path: Path) -> None:
     )
     assert first.returncode == 0, first.stdout + first.stderr
     assert second.stderr.count("nothing to train") == 5
-    (record,) = tmp_path.glob("*-here.json")
-    assert record.with_suffix(".png").stat().st_size and record.with_suffix(".svg").stat().st_size
+    (record,) = tmp_path.glob("*-here-dino.json")
+    assert record.with_suffix(".png").stat().st_size
     with record.with_suffix(".csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == list(range(1, 31))
