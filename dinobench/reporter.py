@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from pretrain.training.loop import Progress
 
+SHOWN_WAIT = 0.1
+"""Share of the time spent waiting for data from which on a progress line tells it."""
 LINE_SECONDS = 5.0
 """Between two progress lines where there is no terminal: Rich would show nothing until the end."""
 
@@ -92,6 +94,8 @@ def progress_line(progress: Progress) -> str:
         f"{progress.images_per_second:.0f} img/s",
         f"eta {duration(progress.eta_seconds)}",
     ]
+    if progress.data_wait >= SHOWN_WAIT:
+        parts.append(f"{100 * progress.data_wait:.0f} % waiting for data")
     return "  ".join([*parts, progress.note] if progress.note else parts)
 
 

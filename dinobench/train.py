@@ -198,6 +198,8 @@ class _Session:
                 progress=self.reporter.progress,
             )
             status, note = outcome.status, outcome.note
+            if outcome.limited_by:
+                self.reporter.say(outcome.limited_by)
             seconds = self.run.state().seconds + outcome.seconds
             done = {"step": outcome.step, "seconds": seconds, "images_per_second": outcome.images_per_second}
         except KeyboardInterrupt:

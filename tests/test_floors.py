@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from importlinter.cli import lint_imports
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +27,9 @@ for floor in ("pretrain", "suites"):
 """
 
 
-def test_imports_point_down_only() -> None:
+def test_imports_point_down_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    # It would switch off the loggers of every module imported so far, for all tests after this one.
+    monkeypatch.setattr("importlinter.cli._configure_logging", lambda verbose: None)
     assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), cache_dir=None) == 0
 
 

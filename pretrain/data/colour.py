@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pretrain.data.device import copy_to
 from pretrain.data.resample import to_device
 
 _GRAY = (0.2989, 0.587, 0.114)
@@ -36,12 +37,12 @@ def where_chosen(
     if not chosen.any():
         return images
     if images.device.type != "cpu":
-        mask = torch.from_numpy(chosen).to(images.device, non_blocking=True)[:, None, None, None]
+        mask = copy_to(torch.from_numpy(chosen), images.device)[:, None, None, None]
         extra = () if parameters is None else (to_device(parameters, images.device),)
         return torch.where(mask, operation(images, *extra), images)
     extra = () if parameters is None else (to_device(parameters[chosen], images.device),)
     if chosen.all():
-        return operation(images, *extra)
+        return operation(images, *extra).contiguous()  # gray images repeat one channel: nothing could be written there
     number = torch.from_numpy(chosen.nonzero()[0])
     return images.index_copy_(0, number, operation(images.index_select(0, number), *extra))
 

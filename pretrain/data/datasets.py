@@ -5,6 +5,8 @@
     cifar100, flowers102, ...   the same, as torchvision lays them out (pretrain.data.torchvision_sets)
     imagenet:/path              folders train/ and val/ with one folder per class
     folder:/path                images in a folder or a .tar, .tar.gz or .zip: <split>/<class>/..., <class>/..., or flat
+    wds:/path/{000..146}.tar    tar shards in WebDataset's naming, 0001.jpg with label 0001.cls, or a folder of shards;
+                                in a shell the braces need quotes
     npz:/path                   arrays `images` and `labels`, or `train_images`, `train_labels`, `test_images`, ...
 
 Every set has the splits listed for it, and parts of them: "train[:0.8]" and "train[0.8:]" are disjoint, stratified by
@@ -26,7 +28,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from pretrain.data import embedded, folders, torchvision_sets
+from pretrain.data import embedded, folders, shards, torchvision_sets
 from pretrain.data.images import ImageSet
 from pretrain.errors import DinobenchError, UsageError, unknown_name
 
@@ -120,6 +122,11 @@ _NAMED = {
 _URIS = {
     "imagenet": ("ImageNet-1k: folders train/ and val/ with one folder per class", ("train", "val"), "imagenet:/path"),
     "folder": ("images in a folder or archive, with or without classes and splits", ("train", "val"), "folder:/path"),
+    "wds": (
+        "tar shards in WebDataset's naming: 0001.jpg with 0001.cls, or a folder of them",
+        ("train", "val", "test"),
+        "wds:/path/{000..146}.tar",
+    ),
     "npz": ("images and labels in a NumPy archive", ("train", "val", "test"), "npz:/path"),
 }
 
@@ -143,11 +150,13 @@ def dataset_names(root: Path | None = None) -> list[DatasetInfo]:
 
 
 def dataset_label(name_or_uri: str) -> str:
-    """Short name of a dataset, fit for file names: `cifar10`, `imagenet`, `folder-hymenoptera160`."""
+    """Short name of a dataset, fit for file names: `cifar10`, `imagenet`, `folder-hymenoptera160`, `wds-train`."""
     scheme, colon, path = name_or_uri.partition(":")
     if not colon or scheme == "imagenet":
         return scheme
     stem = re.sub(r"(\.tar)?\.\w{2,4}$", "", Path(path).name)
+    if scheme == "wds":
+        stem = re.sub(r"[-_.]*[{*?].*", "", stem)
     return f"{scheme}-{re.sub(r'[^A-Za-z0-9._-]+', '_', stem) or 'data'}"
 
 
@@ -186,6 +195,8 @@ def open_dataset(
 def _open_uri(scheme: str, path: str, split: str, label: str) -> ImageSet:
     if not path:
         raise UsageError(f"{scheme}: names no path; expected {_URIS[scheme][2]}")
+    if scheme == "wds":
+        return shards.open_shards(path, split, label)
     location = Path(path).expanduser()
     if scheme == "npz":
         return folders.open_npz(location, split, label)

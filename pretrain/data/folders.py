@@ -60,7 +60,7 @@ def open_folder(path: Path, split: str, name: str, *, needs_splits: bool = False
             f"{path} has no split folders: all of it is 'train' and there is no {split!r}. "
             f"Use 'train[:0.8]' and 'train[0.8:]', or put the images in folders train/ and val/."
         )
-    split = _split_folder(split, list(everything), name)
+    split = choose_split(split, list(everything), name)
     relative = {s: [n[len(prefix) + len(f"{s}/" if found else "") :] for n in of] for s, of in everything.items()}
     folders = {s: _class_folders(of) for s, of in relative.items()}
     if needs_splits:
@@ -93,7 +93,8 @@ def _common_folder(names: list[str]) -> str:
         prefix += f"{first}/"
 
 
-def _split_folder(split: str, found: list[str], name: str) -> str:
+def choose_split(split: str, found: list[str], name: str) -> str:
+    """The split of that name; "test" may be called "val" and the reverse."""
     if split in found:
         return split
     other = {"val": "test", "test": "val"}.get(split)
@@ -202,7 +203,7 @@ def _npz_keys(path: Path, split: str, keys: list[str]) -> tuple[str, str | None]
             f"{path} holds {sorted(keys)}: expected `images` (and `labels`), which are its train split, "
             f"or `train_images`, `test_images`, ..."
         )
-    split = _split_folder(split, found, path.name)
+    split = choose_split(split, found, path.name)
     return f"{split}_images", f"{split}_labels" if f"{split}_labels" in keys else None
 
 

@@ -7,14 +7,16 @@ each rank its part of that slice. The last, incomplete batch of an epoch is drop
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from time import monotonic
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pretrain.data.device import SideStream, copy_to, one_ahead
 from pretrain.data.images import ImageSet
 from pretrain.data.masks import MaskConfig, Masks, MaskSampler
 from pretrain.data.pixel_cache import PixelCache, fits
@@ -24,6 +26,7 @@ from pretrain.data.views_batched import BatchedViews
 from pretrain.data.views_pil import PilViews
 from pretrain.errors import UsageError
 
+T = TypeVar("T")
 Cache = Literal["auto", "device", "none"]
 Key = tuple[int, int]
 """Epoch and number of an image: what its views depend on."""
@@ -109,6 +112,8 @@ class Loader:
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.workers, self.device = workers, torch.device(device)
         self.steps_per_epoch = len(images) // batch_size
+        self.decode_seconds = 0.0
+        """How long the host has waited so far for images to be decoded."""
         self._order: tuple[int, Tensor] | None = None
         self._sampler: MaskSampler | None = None
         if masks is not None and masks.kind != "none":
@@ -116,10 +121,17 @@ class Loader:
             self._sampler = MaskSampler(masks, grid, seed)
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """Batches from this step (counted from the start of training) on, without end."""
-        if self.views.backend == "batched" and (self.cache == "device" or self.images.array is not None):
-            return self._from_memory(start_step)
-        return self._from_workers(start_step)
+        """Batches from this step (counted from the start of training) on, without end.
+
+        On a GPU the next one is made there while the step runs. On a CPU nothing runs beside the step but the workers.
+        """
+        batches = self._from_memory(start_step) if self.in_memory else self._from_workers(start_step)
+        return one_ahead(batches, SideStream(self.device)) if self.device.type == "cuda" else batches
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the pixels of all images are kept decoded."""
+        return self.views.backend == "batched" and (self.cache == "device" or self.images.array is not None)
 
     def index(self, step: int) -> tuple[int, Tensor]:
         """Epoch and this rank's images of a step, int64 [B]."""
@@ -131,10 +143,7 @@ class Loader:
         return epoch, self._order[1][start : start + share]
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        if self.device.type != "cuda":
-            return tensor.to(self.device)
-        # Pinned memory lets the copy run beside the computation.
-        return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(self.device, non_blocking=True)
+        return copy_to(tensor, self.device)
 
     def _masks(self, index: Tensor, epoch: int, step: int) -> Masks | None:
         """The masks of this rank's images. They are drawn on the host, so their number is known without waiting."""
@@ -172,13 +181,21 @@ class Loader:
             # Its own generator: a loader takes one number from the global one otherwise.
             generator=torch.Generator(),
         )
-        for now, ((epoch, index), content) in zip(itertools.count(step), loader, strict=False):
+        for now, ((epoch, index), content) in zip(itertools.count(step), self._decoded(loader), strict=False):
             if pil:
                 views = [self._to_device(view) for view in content]
             else:
                 pixels, sizes = content
                 views = make(self._to_device(pixels), sizes, index, epoch)
             yield Batch(views, self._to_device(index), epoch, self._masks(index, epoch, now))
+
+    def _decoded(self, loader: Iterable[T]) -> Iterator[T]:
+        """What the loader gives; the host's time until it does is counted."""
+        asked = monotonic()
+        for content in loader:
+            self.decode_seconds += monotonic() - asked
+            yield content
+            asked = monotonic()
 
 
 class _Keys:

@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.data.device import copy_to
+
 _FAR = 1e4
 """A distance at which the filter is 0."""
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """A small host array as a float32 tensor; the copy does not wait for the device."""
-    return torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(device, non_blocking=True)
+    return copy_to(torch.from_numpy(np.ascontiguousarray(array, np.float32)), device)
 
 
 def bicubic(distance: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import zlib
 from pathlib import Path
 from typing import Protocol
 
+from pretrain.data.tar_index import read_index
 from pretrain.errors import DinobenchError
 
 ARCHIVE_SUFFIXES = (".tar", ".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -59,13 +60,9 @@ class TarStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.sizes: dict[str, int] = {}
-        self._offsets: dict[str, int] = {}
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                if member.isreg() and not member.issparse():
-                    self.sizes[member.name] = member.size
-                    self._offsets[member.name] = member.offset_data
+        index = read_index(path)
+        self.sizes = {name: size for name, (_, size) in index.items()}
+        self._offsets = {name: offset for name, (offset, _) in index.items()}
         self._descriptor: int | None = None
 
     def read(self, name: str) -> bytes:
@@ -74,12 +71,18 @@ class TarStore:
         # pread: processes forked with the descriptor share its position, so nothing may depend on it.
         return os.pread(self._descriptor, self.sizes[name], self._offsets[name])
 
+    def close(self) -> None:
+        """Give the file descriptor back; the next read opens another."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_descriptor": None}
 
     def __del__(self) -> None:
-        if getattr(self, "_descriptor", None) is not None:
-            os.close(self._descriptor)  # pyright: ignore[reportArgumentType]
+        if hasattr(self, "_descriptor"):  # not where the archive could not be read
+            self.close()
 
 
 class ZipStore:

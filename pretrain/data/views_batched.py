@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pretrain.data import colour, parameters, resample
+from pretrain.data.device import copy_to
 from pretrain.data.random_bits import device_normals, image_streams
 from pretrain.data.resample import to_device
 from pretrain.data.views import SOLARIZE_THRESHOLD, ViewsConfig
@@ -164,8 +165,8 @@ class BatchedViews:
         words = {size: -(-channels * size * size // 4) for size, _ in self._groups}
         counters = [first * (v.number + 1) + torch.arange(words[v.size]) for v in self.config.views]
         normals = device_normals(
-            torch.from_numpy(streams.view(np.int64)).to(device, non_blocking=True),
-            torch.cat(counters).to(device, non_blocking=True),
+            copy_to(torch.from_numpy(streams.view(np.int64)), device),
+            copy_to(torch.cat(counters), device),
         )
         parts = normals.split([4 * words[size] * (group.stop - group.start) for size, group in self._groups], 1)
         return {

@@ -65,8 +65,8 @@ def multi_view_cross_entropy(
     num_teachers = target.shape[0]
     if pairs is None:
         # A global view is paired with every teacher view but its own, a local one with all of them.
-        views_each, count = float(num_views - 1), num_teachers * (num_views - 1)
-        paired = torch.full((num_views, 1), float(num_teachers), device=student.device, dtype=weight.dtype)
+        views_each, count = weight.new_full((num_teachers, 1), num_views - 1.0), num_teachers * (num_views - 1)
+        paired = weight.new_full((num_views, 1), float(num_teachers))
         paired[:num_teachers] -= 1
         partners = student.sum(0) - student[:num_teachers]  # a_g
     else:
@@ -74,14 +74,17 @@ def multi_view_cross_entropy(
         views_each, count = pairs.sum(1, keepdim=True), pairs.sum()
         paired = pairs.sum(0)[:, None]
         partners = (pairs[..., None, None] * student).sum(1)
-    log_sum = _WeightedLogSumExp.apply(
-        student.reshape(-1, dim), weight, bias, temperature, paired.expand(-1, batch).reshape(-1)
+    total = _SoftCrossEntropy.apply(
+        student.reshape(-1, dim),
+        partners.reshape(-1, dim),
+        weight,
+        bias,
+        target.flatten(0, 1),
+        temperature,
+        paired.expand(-1, batch).reshape(-1),
+        views_each.expand(-1, batch).reshape(-1),
     )
-    expected = (target.to(weight.dtype).flatten(0, 1) @ weight).view(num_teachers, batch, dim)  # m_g
-    agreement = (partners * expected).sum() / temperature
-    if bias is not None:
-        agreement = agreement + ((views_each * target.sum(1)).sum(0) * bias).sum()
-    return (log_sum - agreement) / (count * batch)
+    return total / (count * batch)
 
 
 def masked_cross_entropy(
@@ -109,14 +112,9 @@ def masked_cross_entropy(
         num_crops: global crops of this rank's batch, masked or not.
     """
     row_weight = row_weight.to(weight.dtype)
-    log_sum = _WeightedLogSumExp.apply(student, weight, bias, temperature, row_weight)
-    target = target.to(weight.dtype)
-    agreement = (student * row_weight[:, None] * (target @ weight)).sum() / temperature
-    if bias is not None:
-        with torch.autocast(target.device.type, enabled=False):  # a sum over M rows and K prototypes
-            mass = row_weight @ target
-        agreement = agreement + (mass * bias).sum()
-    return (log_sum - agreement) / num_crops
+    partners = student * row_weight[:, None]
+    total = _SoftCrossEntropy.apply(student, partners, weight, bias, target, temperature, row_weight, row_weight)
+    return total / num_crops
 
 
 def multi_view_mse(student: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: float) -> Tensor:
@@ -140,26 +138,43 @@ def max_chunk_logits(device: torch.device) -> int:
     return MAX_CHUNK_LOGITS_GPU if device.type == "cuda" else MAX_CHUNK_LOGITS
 
 
-class _WeightedLogSumExp(torch.autograd.Function):
-    """sum_r c_r LSE_k(z_r . w_k / tau + b_k), in chunks of rows.
+class _SoftCrossEntropy(torch.autograd.Function):
+    """sum_r c_r LSE_k(z_r . w_k / tau + b_k) - sum_t (a_t . m_t / tau + n_t p_t . b) with m_t = p_t W.
 
-    The gradients are formed in the forward pass, while a chunk of logits is at hand: no logits are kept for the
-    backward pass and each is touched once.
+    The gradients are formed in the forward pass, while a chunk of rows' logits is at hand: no logits are kept for the
+    backward pass, each is touched once, and both terms are added up in one gradient of W.
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, counts: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        partners: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        temperature: float,
+        counts: Tensor,
+        partners_each: Tensor,
+    ) -> Tensor:
         low = torch.get_autocast_dtype(z.device.type) if torch.is_autocast_enabled(z.device.type) else z.dtype
         with torch.autocast(z.device.type, enabled=False):
-            total = counts.new_zeros(())
-            scaled, weight_low = z / temperature, weight.to(low)
+            scaled, weight_low, target_low = z / temperature, weight.to(low), target.to(low)
+            expected = (target_low @ weight_low).to(weight.dtype) / -temperature
+            total = (partners * expected).sum()
+            dw = (target_low.T @ (partners / -temperature).to(low)).to(weight.dtype)
+            db = None
+            if bias is not None:
+                db = -(partners_each @ target.to(weight.dtype))
+                total += db @ bias
             dz = torch.empty_like(z)
-            dw = torch.empty_like(weight) if len(z) else torch.zeros_like(weight)
-            db = torch.zeros_like(bias) if bias is not None else None
             chunk = max(1, max_chunk_logits(z.device) // weight.shape[0])
+            # One for all chunks: a CPU would fetch the memory of each anew from the system.
+            buffer = z.new_empty((min(chunk, len(z)), weight.shape[0]), dtype=low)
             for start in range(0, len(z), chunk):
                 part = slice(start, start + chunk)
-                logits = (scaled[part].to(low) @ weight_low.T).to(weight.dtype)
+                rows = scaled[part].to(low)
+                logits = torch.mm(rows, weight_low.T, out=buffer[: len(rows)]).to(weight.dtype)
                 if bias is not None:
                     logits += bias
                 top = logits.amax(1, keepdim=True)
@@ -170,17 +185,16 @@ class _WeightedLogSumExp(torch.autograd.Function):
                 soft_low, rows = soft.to(low), (scaled[part] * share).to(low)
                 dz[part] = (soft_low @ weight_low).to(dz.dtype) * (share / temperature)
                 if low == dw.dtype:
-                    dw.addmm_(soft.T, rows, beta=float(start > 0))
+                    dw.addmm_(soft.T, rows)
                 else:
-                    product = soft_low.T @ rows
-                    dw = dw.add_(product) if start else product.to(dw.dtype)
+                    dw += soft_low.T @ rows
                 if db is not None:
                     db += share.squeeze(1) @ soft
-            ctx.save_for_backward(dz, dw, db)
+            ctx.save_for_backward(dz, expected, dw, db)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
-        dz, dw, db = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dz, da, dw, db = ctx.saved_tensors
         (grad,) = grads
-        return dz * grad, dw * grad, None if db is None else db * grad, None, None
+        return dz * grad, da * grad, dw * grad, None if db is None else db * grad, None, None, None, None

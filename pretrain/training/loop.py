@@ -4,10 +4,8 @@ checkpoint is passed in.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -15,24 +13,13 @@ from pretrain.data.loader import Loader
 from pretrain.models.backbones import create_backbone, patch_grid
 from pretrain.training.checkpoints import CheckpointFolder
 from pretrain.training.distributed import lost_ranks_told
-from pretrain.training.meter import Meter, Progress
+from pretrain.training.meter import Meter, Outcome, Progress
 from pretrain.training.recipe import Recipe
 from pretrain.training.runtime import Runtime
 from pretrain.training.schedules import Plan
 from pretrain.training.stop import StopSignal
 from pretrain.training.trainer import Trainer, local_batch_size
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """How a training ended."""
-
-    status: Literal["finished", "interrupted"]
-    step: int
-    seconds: float
-    images_per_second: float
-    checkpoints: list[Path]
-    note: str = ""
+from pretrain.training.waits import BatchWaits
 
 
 def train(
@@ -57,12 +44,14 @@ def train(
     trainer = Trainer(recipe, runtime, plan)
     files = CheckpointFolder(folder / "checkpoints", recipe.checkpoint.keep, writes=runtime.is_main)
     first = trainer.restore(files.last) if resume and files.last.is_file() else 0
-    meter = Meter(trainer, plan, recipe, log, progress)
+    waits = BatchWaits(loader)
+    meter = Meter(trainer, plan, recipe, waits, log, progress)
     stop = StopSignal(runtime, recipe.runtime.max_minutes)
 
     with stop, lost_ranks_told(runtime.rank, runtime.world_size):
-        for step, batch in zip(range(first, plan.total_steps), loader.batches(first), strict=False):
-            trainer.step(batch, step)
+        batches = loader.batches(first)
+        for step in range(first, plan.total_steps):
+            trainer.step(waits.next(batches), step)  # without a name for the batch: its memory is free after the step
             done = step + 1
             logging = done % recipe.runtime.log_every == 0 or done == plan.total_steps
             meter.tick(step)
@@ -79,8 +68,8 @@ def train(
             if kept:
                 on_checkpoint(files.path(done), done)
             if interrupted:
-                return Outcome("interrupted", done, meter.seconds, meter.mean_rate, files.kept(), stop.name)
-    return Outcome("finished", plan.total_steps, meter.seconds, meter.mean_rate, files.kept(), meter.note)
+                return meter.outcome("interrupted", done, files.kept(), stop.name)
+    return meter.outcome("finished", plan.total_steps, files.kept(), meter.note)
 
 
 def create_loader(recipe: Recipe, runtime: Runtime) -> Loader:

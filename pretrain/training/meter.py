@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from pretrain.training.recipe import Recipe
 from pretrain.training.runtime import all_reduce_sum
 from pretrain.training.schedules import Plan
 from pretrain.training.trainer import Trainer
+from pretrain.training.waits import BatchWaits
 
 _HEADS: dict[Literal["image", "patch"], str] = {"image": "prototypes", "patch": "patch_prototypes"}
 FEW_PROTOTYPES = 4096
@@ -33,6 +35,22 @@ class Progress:
     images_per_second: float
     eta_seconds: float
     note: str = ""
+    data_wait: float = 0.0
+    """Share of the time that the steps of the last logging interval spent waiting for their batches."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a training ended."""
+
+    status: Literal["finished", "interrupted"]
+    step: int
+    seconds: float
+    images_per_second: float
+    checkpoints: list[Path]
+    note: str = ""
+    limited_by: str = ""
+    """The stage that limited its speed, in a sentence; empty where no interval was logged."""
 
 
 class Meter:
@@ -43,14 +61,15 @@ class Meter:
         trainer: Trainer,
         plan: Plan,
         recipe: Recipe,
+        waits: BatchWaits,
         log: Callable[[dict[str, float], int], None],
         progress: Callable[[Progress], None],
     ):
         self.trainer, self.plan, self.recipe = trainer, plan, recipe
-        self._log, self._progress = log, progress
+        self._waits, self._log, self._progress = waits, log, progress
         self.started = self.interval_started = time.monotonic()
         self.steps = self.interval_steps = 0
-        self.loss, self.rate, self.note = float("nan"), 0.0, ""
+        self.loss, self.rate, self.note, self.data_wait = float("nan"), 0.0, "", 0.0
 
     @property
     def seconds(self) -> float:
@@ -60,6 +79,9 @@ class Meter:
     def mean_rate(self) -> float:
         """Images per second since the start."""
         return self.steps * self.recipe.optim.batch_size / self.seconds
+
+    def outcome(self, status: Literal["finished", "interrupted"], step: int, kept: list[Path], note: str) -> Outcome:
+        return Outcome(status, step, self.seconds, self.mean_rate, kept, note, self._waits.limit())
 
     def tick(self, step: int) -> None:
         """Count a finished step and show where we are; reads nothing from the device."""
@@ -77,6 +99,7 @@ class Meter:
                 images_per_second=rate,
                 eta_seconds=images_left / rate,
                 note=self.note,
+                data_wait=self.data_wait,
             )
         )
 
@@ -92,6 +115,7 @@ class Meter:
         self.interval_started, self.interval_steps = now, 0
         self.loss = metrics["loss/total"]
         metrics["speed/images_per_second"] = self.rate
+        metrics |= self._data_waits()
         collapse = health.verdict(metrics) if self._warm(step) else None
         metrics["health/collapsed"] = float(collapse is not None)
         self._log(metrics, step + 1)
@@ -103,6 +127,11 @@ class Meter:
                 f"the training collapsed ({collapse}) at step {step + 1}: {found}. Try a lower target.temperature, a "
                 "longer warm-up or head.batch_norm=true"
             )
+
+    def _data_waits(self) -> dict[str, float]:
+        shares = self._waits.read()
+        self.data_wait = shares.waiting
+        return {"speed/data_wait_fraction": shares.waiting, "speed/decode_wait_fraction": shares.decoding}
 
     def refuse_non_finite(self) -> None:
         """Stop on a loss that is not finite, before it can reach a checkpoint."""

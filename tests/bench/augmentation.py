@@ -11,16 +11,36 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from noise import noise_images
 from official import Reference
 from pretrain.data.views import ViewsConfig
 from pretrain.data.views_batched import BatchedViews
 from pretrain.data.views_pil import PilViews
 from report import Report, Row
+from session import Session
 from timing import take_turns
 
 TARGET = 8.0
 GATE_IMAGES = 256
 """Images behind the comparison of means: the jitter moves those of single images by a third of a deviation."""
+
+
+def run(session: Session) -> None:
+    """DINO's views of 32-pixel images; on a GPU those of a training on ImageNet."""
+    if session.on_gpu:
+        pixels, config = noise_images(64, 256, 256), session.sizes()[0][1].recipe(64, "cpu", "fp32").views
+    else:
+        count = 8 if session.tiny else 64
+        pixels = torch.stack([session.images.pixels(i) for i in range(count)])
+        config = ViewsConfig(global_size=32, local=6, local_size=16)
+    measure(
+        session.report,
+        reference=session.reference,
+        pixels=pixels,
+        config=config,
+        rounds=session.rounds,
+        device=session.device,
+    )
 
 
 def measure(

@@ -17,8 +17,11 @@ from pretrain.data.masks import MaskConfig, Masks
 from pretrain.models.patch_head import PatchConfig
 from pretrain.training.recipe import MethodConfig, Recipe, resolve
 from report import Report
-from step import OurTraining, Setting
+from session import Session
+from step import OurTraining, Setting, settings
 
+PROTOTYPES = (1024, 8192)
+"""8192: K of iBOT's recipes."""
 METHODS = ("dino", "ibot", "ibot_vmf", "dinov2")
 HEAD = ("prototypes", "train_magnitude", "normaliser")
 """Keys of the head that belong to a method; the others are sizes."""
@@ -31,6 +34,12 @@ def method_recipe(name: str, setting: Setting, drop_path: float) -> Recipe:
     head = sizes.head.model_copy(update={key: getattr(own.head, key) for key in HEAD})
     optim = sizes.optim.model_copy(update={"clip_scope": own.optim.clip_scope})
     return sizes.model_copy(update={**sections, "head": head, "optim": optim})
+
+
+def run(session: Session) -> None:
+    """iBOT, iBOT-vMF and DINOv2 against DINO."""
+    for setting in settings(session, PROTOTYPES):
+        measure(session.report, images=session.images, setting=setting, rounds=session.rounds, units=session.steps)
 
 
 def measure(report: Report, *, images: ImageSet, setting: Setting, rounds: int, units: int) -> None:

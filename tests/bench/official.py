@@ -7,19 +7,21 @@ driven from here, in its order, with the repository's own network, head, loss, c
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+
+from pretrain.data.loader import Batch
 
 
 class Reference:
@@ -34,8 +36,8 @@ class Reference:
         self.main, self.vits, self.utils, self.knn = (
             self._load(name, folder) for name in ("main_dino", "vision_transformer", "utils", "eval_knn")
         )
-        if not dist.is_initialized():  # the loss reduces its centre over ranks, also over one
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        # The loss reduces its centre over ranks, also over one: there is nothing to do, and no group is needed for it.
+        self.main.dist = SimpleNamespace(all_reduce=lambda tensor: None, get_world_size=lambda: 1)
 
     @staticmethod
     def _load(name: str, folder: Path) -> ModuleType:
@@ -57,29 +59,51 @@ class Reference:
 
 
 class Images(Dataset):
-    """PIL images behind the augmentation, as ImageFolder gives them."""
+    """Images behind the augmentation, as ImageFolder gives them.
 
-    def __init__(self, images: list[Image.Image], transform: Any):
+    Args:
+        images: PIL images, or paths of files that are opened when asked for.
+        transform: PIL image -> views.
+    """
+
+    def __init__(self, images: Sequence[Image.Image | Path], transform: Callable[[Image.Image], list[Tensor]]):
         self.images, self.transform = images, transform
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[list[Tensor], int]:
-        return self.transform(self.images[index]), 0
+        image = self.images[index]
+        return self.transform(image if isinstance(image, Image.Image) else Image.open(image).convert("RGB")), 0
 
 
 class OfficialTraining:
-    """The official training of main_dino.py without CUDA calls."""
+    """The official training of main_dino.py, on any device.
 
-    def __init__(self, reference: Reference, setting: Any, images: list[Image.Image], drop_path: float):
-        self.reference, self.setting = reference, setting
+    Args:
+        reference: the official modules.
+        setting: sizes and constants, a step.Setting.
+        images: what `steps` trains on; none where views are given.
+        drop_path: stochastic depth of the student.
+        workers: processes that decode and augment.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        setting: Any,
+        images: Sequence[Image.Image | Path],
+        drop_path: float,
+        workers: int = 0,
+    ):
+        self.reference, self.setting, self.images, self.workers = reference, setting, images, workers
         head = partial(
             reference.vits.DINOHead,
             setting.dim,
             setting.prototypes,
             hidden_dim=setting.hidden,
             bottleneck_dim=setting.bottleneck,
+            norm_last_layer=not setting.train_magnitude,
         )
         self.student = reference.utils.MultiCropWrapper(self._vit(drop_path), head()).to(setting.device)
         self.teacher = reference.utils.MultiCropWrapper(self._vit(0.0), head()).to(setting.device)
@@ -89,9 +113,10 @@ class OfficialTraining:
         self.loss = reference.main.DINOLoss(setting.prototypes, 2 + setting.num_local, 0.04, 0.04, 0, 100)
         self.loss.to(setting.device)
         self.optimizer = torch.optim.AdamW(reference.utils.get_params_groups(self.student))
-        transform = reference.augmentation(setting.global_size, setting.local_size, setting.num_local)
-        self.loader = DataLoader(Images(images, transform), setting.batch, shuffle=True, drop_last=True)
-        self.batches = self._endless()
+        # fp16 with a scaled loss is what its README trains with; the scale starts where no step overflows.
+        self.scaler = torch.amp.GradScaler(setting.device, 2.0**10) if setting.precision == "fp16" else None
+        self.losses: list[float] = []
+        self._own = self.batches()
 
     def _vit(self, drop_path: float) -> nn.Module:
         s = self.setting
@@ -106,14 +131,25 @@ class OfficialTraining:
             drop_path_rate=drop_path,
         )
 
-    def _endless(self) -> Iterator[list[Tensor]]:
+    def batches(self) -> Iterator[list[Tensor]]:
+        """Views of batch after batch, from its own augmentation."""
+        s = self.setting
+        loader = DataLoader(
+            Images(self.images, self.reference.augmentation(s.global_size, s.local_size, s.num_local)),
+            s.batch,
+            shuffle=True,
+            drop_last=True,
+            num_workers=self.workers,
+            pin_memory=s.device != "cpu",
+        )
         while True:
-            for views, _ in self.loader:
+            for views, _ in loader:
                 yield views
 
     def forward(self, views: list[Tensor]) -> Tensor:
         """Loss of one batch of views; moves the centre."""
-        with torch.autocast(self.setting.device, torch.bfloat16, enabled=self.setting.precision == "bf16"):
+        low = torch.float16 if self.scaler else torch.bfloat16
+        with torch.autocast(self.setting.device, low, enabled=self.setting.precision in ("bf16", "fp16")):
             targets = self.teacher(views[:2])
             return self.loss(self.student(views), targets, 0)
 
@@ -123,19 +159,37 @@ class OfficialTraining:
             group["lr"] = self.setting.learning_rate
             if i == 0:
                 group["weight_decay"] = self.setting.weight_decay
-        loss = self.forward(views)
+        loss = self.forward([view.to(self.setting.device, non_blocking=True) for view in views])
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError("the official loss is not finite")
         self.optimizer.zero_grad()
-        loss.backward()
+        (self.scaler.scale(loss) if self.scaler else loss).backward()
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)
         self.reference.utils.clip_gradients(self.student, 3.0)
         self.reference.utils.cancel_gradients_last_layer(0, self.student, 0)
-        self.optimizer.step()
+        if self.scaler:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
         with torch.no_grad():
             m = self.setting.momentum
             for student, teacher in zip(self.student.parameters(), self.teacher.parameters(), strict=True):
                 teacher.data.mul_(m).add_((1 - m) * student.detach().data)
-        return loss.item()
+        if self.setting.device != "cpu":
+            torch.cuda.synchronize()
+        self.losses.append(loss.item())
+        return self.losses[-1]
+
+    def step(self, batch: Batch) -> None:
+        """One step on views that are given."""
+        self.update(batch.views)
+
+    def first_loss(self) -> float:
+        return self.losses[0]
 
     def steps(self, count: int) -> None:
         """Whole steps, augmentation included."""
         for _ in range(count):
-            self.update([view.to(self.setting.device) for view in next(self.batches)])
+            self.update(next(self._own))

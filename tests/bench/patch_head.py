@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cost import compare, differences
-from methods import method_recipe
+from methods import PROTOTYPES, method_recipe
 from pretrain.data.datasets import ImageSet
 from pretrain.data.loader import Batch
 from pretrain.data.masks import Masks
@@ -25,7 +25,8 @@ from pretrain.methods.ibot import Ibot
 from pretrain.models.network import Outputs
 from pretrain.objectives.losses import masked_cross_entropy
 from report import Report
-from step import OurTraining, Setting
+from session import Session
+from step import OurTraining, Setting, settings
 
 NUM_BATCHES = 20
 """Batches over which the share of masked patches is measured."""
@@ -65,6 +66,12 @@ class Plain(EveryPatch):
 
 
 FORMS: dict[str, type[Ibot]] = {"plain": Plain, "every patch": EveryPatch, "masked only": Ibot}
+
+
+def run(session: Session) -> None:
+    """iBOT with masked patches only against every patch."""
+    for setting in settings(session, PROTOTYPES):
+        measure(session.report, images=session.images, setting=setting, rounds=session.rounds, units=session.steps)
 
 
 def measure(report: Report, *, images: ImageSet, setting: Setting, rounds: int, units: int) -> None:

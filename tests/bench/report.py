@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import datetime
 import importlib.metadata
@@ -20,12 +21,32 @@ from timing import Times, ratio
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn", "faiss-gpu", "faiss-cpu")
 
 
+class Entry(abc.ABC):
+    """Something measured: lines of a table, and a record."""
+
+    HEAD: ClassVar[tuple[str, ...]]
+    """The columns of `lines`."""
+
+    setting: dict[str, Any]
+
+    @abc.abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """What the JSON file keeps."""
+
+    @abc.abstractmethod
+    def lines(self) -> list[list[str]]:
+        """Lines of the table, in the columns of HEAD."""
+
+    def described(self) -> str:
+        """The setting in a cell; the device stands in the heading."""
+        return " ".join(f"{key}={value}" for key, value in self.setting.items() if key != "device")
+
+
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Row(Entry):
     """One comparison: the first contestant is the opponent, the others are ours."""
 
     HEAD: ClassVar = ("bench", "setting", "contestant", "time (median)", "times faster (range)", "wall", "target")
-    """The columns of `lines`."""
 
     bench: str
     setting: dict[str, Any]
@@ -51,8 +72,7 @@ class Row:
         return record
 
     def lines(self) -> list[list[str]]:
-        """Table lines: bench, setting, contestant, time per unit, times faster (range), wall times faster, target."""
-        setting, (opponent, *ours) = self._setting(), self.times
+        setting, (opponent, *ours) = self.described(), self.times
         lines = [[self.bench, setting, opponent, self._time(opponent), "1", "1", ""]]
         for name in ours:
             faster, wall = self.ratios(self.clock)[name], self.ratios("wall")[name]
@@ -61,9 +81,6 @@ class Row:
             spread = f"{faster['median']:.2f} ({faster['min']:.2f} to {faster['max']:.2f})"
             lines.append([self.bench, setting, name, self._time(name), spread, f"{wall['median']:.2f}", verdict])
         return lines
-
-    def _setting(self) -> str:
-        return " ".join(f"{key}={value}" for key, value in self.setting.items() if key != "device")
 
     def _time(self, name: str) -> str:
         return f"{self.times[name].summary()[self.clock]['median'] * 1e3:.4g} ms per {self.unit}"
@@ -98,8 +115,7 @@ class CostRow(Row):
         }
 
     def lines(self) -> list[list[str]]:
-        """Table lines, in the columns of HEAD."""
-        setting, first = self._setting(), next(iter(self.memory.values()))
+        setting, first = self.described(), next(iter(self.memory.values()))
         lines = []
         for name, peak in self.memory.items():
             cost, wall = self.costs(self.clock)[name], self.costs("wall")[name]
@@ -117,41 +133,44 @@ class Report:
     """Collects rows; writes `<folder>/<date>-<machine>.json` after each and the Markdown table with it."""
 
     def __init__(self, folder: Path | None, machine: str | None, *, judged: bool = True, note: str = ""):
-        self.rows: list[Row] = []
+        self.rows: list[Entry] = []
+        self.failures: list[str] = []
+        """Contestants that were not timed because they are not equal, with the reason."""
         self.judged, self.note = judged, note
         self.machine = machine or machine_name()
         self.path = folder / f"{datetime.date.today():%Y-%m-%d}-{self.machine}.json" if folder else None
 
-    def add(self, row: Row) -> None:
+    def add(self, row: Entry) -> None:
         """Print the row and save everything so far; times that are not judged have no targets."""
-        row = row if self.judged else dataclasses.replace(row, targets={})
+        if isinstance(row, Row) and not self.judged:
+            row = dataclasses.replace(row, targets={})
         self.rows.append(row)
         for line in row.lines():
             print("  ".join(line), flush=True)
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             rows = [row.to_dict() for row in self.rows]
-            record = {"environment": environment(), "note": self.note, "rows": rows}
+            date = f"{datetime.date.today():%Y-%m-%d}"
+            record = {"date": date, "environment": environment(), "note": self.note, "rows": rows}
             self.path.write_text(json.dumps(record, indent=1) + "\n")
             self.path.with_suffix(".md").write_text(self.markdown())
 
     def markdown(self) -> str:
         found = environment()
+        machine = f"{found['gpu']}, " if found["gpu"] else ""
         versions = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
-        tables = "\n".join(self._table(kind) for kind in (Row, CostRow) if self._of(kind))
+        tables = "\n".join(self._table(kind) for kind in dict.fromkeys(type(row) for row in self.rows))
         return (
-            f"# Benchmark, {datetime.date.today():%Y-%m-%d}, {found['processor']}, {found['cores']} cores\n\n"
+            f"# Benchmark, {datetime.date.today():%Y-%m-%d}, {machine}{found['processor']}, {found['cores']} cores\n\n"
             f"Code {found['commit']}; {versions}. Contestants take turns in one process after an equality\n"
             "check. Process CPU time on a CPU, wall time on a GPU; the ratio is the median over rounds.\n\n"
             + (f"{self.note}\n\n" if self.note else "")
             + tables
         )
 
-    def _of(self, kind: type[Row]) -> list[Row]:
-        return [row for row in self.rows if type(row) is kind]
-
-    def _table(self, kind: type[Row]) -> str:
-        table = [kind.HEAD, ["---"] * len(kind.HEAD), *(line for row in self._of(kind) for line in row.lines())]
+    def _table(self, kind: type[Entry]) -> str:
+        lines = [line for row in self.rows if type(row) is kind for line in row.lines()]
+        table = [kind.HEAD, ["---"] * len(kind.HEAD), *lines]
         return "".join("| " + " | ".join(cells) + " |\n" for cells in table)
 
 
@@ -160,23 +179,27 @@ def environment() -> dict[str, Any]:
     installed = {d.name: d.version for d in importlib.metadata.distributions() if d.name in PACKAGES}
     return {
         "processor": _processor(),
+        "gpu": _gpu(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "packages": dict(sorted(installed.items())),
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "commit": _commit(),
     }
 
 
 def machine_name() -> str:
     """A short name of the processor, for the file name."""
-    words = re.sub(r"\(\w+\)|@.*|\bCPU\b|\bProcessor\b", "", _processor()).lower()
+    words = re.sub(r"\(\w+\)|@.*|\bCPU\b|\bProcessor\b", "", _gpu() or _processor()).lower()
     return re.sub(r"[^a-z0-9]+", "-", f"{words} {os.cpu_count()}-cores").strip("-")
 
 
+def _gpu() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
 def _processor() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M) if cpuinfo.is_file() else []
     return names[0] if names else platform.processor() or platform.machine()

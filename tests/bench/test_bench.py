@@ -14,13 +14,26 @@ SCRIPT = Path(__file__).with_name("run.py")
 
 @pytest.mark.slow
 def test_tiny_benchmark_writes_every_row(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--tiny", "--output", str(tmp_path), "--machine", "here"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, str(SCRIPT), "--device", "cpu", "--tiny", "--output", str(tmp_path), "--machine", "here"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     (record,) = tmp_path.glob("*-here.json")
-    rows = json.loads(record.read_text())["rows"]
-    assert {row["bench"] for row in rows} == {"augmentation", "knn", "step", "methods", "patch_head"}
+    rows = {row["bench"]: row for row in json.loads(record.read_text())["rows"]}
+    assert rows.keys() == {
+        "ceilings", "throughput", "ablations", "profile", "operators", "end_to_end", "augmentation", "knn",
+        "linear_sweep", "step", "methods", "patch_head",
+    }  # fmt: skip
     assert "| step |" in record.with_suffix(".md").read_text()
+
+    contestants = rows["throughput"]["contestants"] | rows["ablations"]["contestants"]
+    assert len(contestants) > 8
+    for name, found in contestants.items():
+        assert found["gate"]["fp32"]["loss_difference"] <= 1e-5, name
+        assert found["images_per_second"]["median"] > 0 and found["mebibytes"] > 0, name
+    assert contestants["ours"]["syncs"] == 0
+    assert rows["throughput"]["setting"]["GFLOP"] >= rows["throughput"]["setting"]["GFLOP_done"] > 0
+    assert rows["end_to_end"]["setting"]["limited_by"] in ("loader", "step")
+    assert rows["profile"]["setting"]["coverage"] > 0.8
 
 
 @pytest.mark.slow

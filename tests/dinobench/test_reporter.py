@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -22,6 +23,12 @@ def test_a_line_says_where_the_training_stands() -> None:
 def test_a_collapse_is_seen_in_the_line() -> None:
     noted = Progress(1, 2, 0, math.nan, 0.1, 1.0, math.inf, "collapse: uniform")
     assert reporter.progress_line(noted).endswith("loss -  lr 1.0e-01  1 img/s  eta ?  collapse: uniform")
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.62, "eta 2:10  62 % waiting for data"), (0.09, "eta 2:10")])
+def test_a_long_wait_for_data_is_seen_in_the_line(share: float, told: str) -> None:
+    waited = dataclasses.replace(progress(500), data_wait=share)
+    assert reporter.progress_line(waited).endswith(told)
 
 
 def test_without_a_terminal_lines_come_every_few_seconds_and_at_the_end(

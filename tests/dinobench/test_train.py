@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ from dinobench.reporter import Reporter
 from dinobench.runs import find_run
 from dinobench.train import Request, Summary
 from pretrain.errors import CheckFailed, DinobenchError, UsageError
+from pretrain.training import loop
 from pretrain.training.recipe import Recipe, TrackingConfig, resolve
 
 
@@ -37,6 +39,16 @@ def test_a_finished_run_is_found_and_not_trained_again(fake_loop: Any, pretrain:
     assert first.run == second.run
     assert second.state.status == "finished"
     assert len(fake_loop.calls) == 1
+
+
+def test_what_limited_the_training_is_told_and_kept(
+    fake_loop: Any, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = "limited by: data loading (62 % of the time spent waiting)"
+    monkeypatch.setattr(loop, "train", lambda *a, **k: dataclasses.replace(fake_loop(*a, **k), limited_by=told))
+    summary = train.pretrain(recipe, Request(tmp_path / "runs", "dinobench pretrain dino"), Reporter())
+    assert summary is not None
+    assert told in capsys.readouterr().err and told in summary.run.log_file.read_text()
 
 
 def test_an_unfinished_run_asks_for_resume(fake_loop: Any, pretrain: Any) -> None:

@@ -92,5 +92,7 @@ def test_unknown_fields_are_refused() -> None:
 def test_the_catalogue_names_every_kind_of_dataset() -> None:
     infos = {info.name: info for info in dataset_names()}
     embedded = {"digits", "fashion_mnist", "cifar10"}
-    assert set(infos) == embedded | set(SETS) | {"imagenet:/path", "folder:/path", "npz:/path"}
+    assert set(infos) == embedded | set(SETS) | {"imagenet:/path", "folder:/path", "npz:/path"} | {
+        "wds:/path/{000..146}.tar"
+    }
     assert infos["digits"].available and infos["digits"].splits == ("train", "test")

@@ -84,6 +84,13 @@ def test_views_equal_torchvisions_float_operations(config: ViewsConfig, pixels: 
         assert difference.median() < 1e-5
 
 
+def test_where_all_views_are_gray_the_steps_after_it_go_on(pixels: Tensor) -> None:
+    config = ViewsConfig(global_size=16, local=0, gray=1, blur=(0.5, 0.5, 0.5), solarize=(0.5, 0.5, 0.5))
+    found = BatchedViews(config, seed=3)(pixels, None, torch.arange(BATCH), 2)
+    for ours, theirs in zip(found, one_by_one(config, 3, pixels, np.tile([[30, 40]], (BATCH, 1)), 2), strict=True):
+        assert (ours - torch.stack(theirs)).abs().median() < 1e-5
+
+
 def test_padded_images_give_the_views_of_the_images_alone(pixels: Tensor) -> None:
     sizes = torch.stack([torch.arange(BATCH) % 11 + 20, torch.arange(BATCH) % 17 + 24], 1)
     for image, (height, width) in zip(pixels, sizes.tolist(), strict=True):

@@ -20,6 +20,7 @@ from pretrain.training.recipe import resolve
 from pretrain.training.runtime import Runtime
 from pretrain.training.schedules import Plan
 from pretrain.training.trainer import Trainer
+from pretrain.training.waits import BatchWaits
 
 READS = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount"}
 """Operators that give a value to the host, or whose result has a size that only the device knows."""
@@ -122,10 +123,11 @@ def _trainer(method, *overrides):
 
 def _syncs_of_steps(trainer, batches: list[Batch], start=0):
     on_host = [batch.masks.counts for batch in batches if batch.masks is not None]
-    meter = Meter(trainer, trainer.plan, trainer.recipe, lambda *log: None, lambda progress: None)
+    waits = BatchWaits(create_loader(trainer.recipe, trainer.runtime))
+    meter = Meter(trainer, trainer.plan, trainer.recipe, waits, lambda *log: None, lambda progress: None)
     with HostSyncs(*on_host) as syncs:
         for step, batch in enumerate(batches, start):
-            trainer.step(batch, step)
+            trainer.step(waits.next(iter([batch])), step)
             meter.tick(step)
     return syncs.found
 

@@ -136,6 +136,8 @@ def test_every_interval_logs_health_prototypes_schedules_and_speed(tmp_path):
         "optim/lr",
         "optim/teacher_temperature",
         "speed/images_per_second",
+        "speed/data_wait_fraction",
+        "speed/decode_wait_fraction",
     }
     assert wanted <= metrics.keys()
     assert any("prototypes/unique" in metrics for _, metrics in lines)
