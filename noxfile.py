@@ -97,7 +97,7 @@ def gpu(session: nox.Session) -> None:
 
 @nox.session(venv_backend=BACKEND, default=False)
 def bench(session: nox.Session) -> None:
-    """Cost of our methods beside DINO; against the official code with `-- --reference DIR` (see `-- --help`)."""
+    """Speed and memory of step, data path and evaluation; with `-- --reference DIR` beside the official code."""
     _install_project(session)
     _python(session, "tests/bench/run.py", *session.posargs)
 

@@ -10,12 +10,12 @@ Source: facebookresearch/dinov2@b8931f7 `drop_add_residual_stochastic_depth`, us
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from timm.layers import DropPath
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 MIN_SUBSET_RATE = 0.1
 """Up to this rate leaving out samples saves too little, as in the official code."""
@@ -33,6 +33,39 @@ class SubsetBlock(Block):
         rate = self.drop_path1.drop_prob
         x = add_to_subset(x, lambda part: self.ls1(self.attn(self.norm1(part), is_causal=is_causal)), rate)
         return add_to_subset(x, lambda part: self.ls2(self.mlp(self.norm2(part))), rate)
+
+
+class SharedDropPath(DropPath):
+    """timm's DropPath with the kept share in a tensor, so that compiled code serves blocks of every rate.
+
+    A rate that is a number is a part of the code: of 12 blocks each would be compiled anew, and torch stops at 8.
+    """
+
+    keep: Tensor
+
+    def __init__(self, rate: float, like: Tensor):
+        super().__init__(rate)
+        self.register_buffer("keep", torch.tensor(1 - rate, dtype=like.dtype, device=like.device), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, ...] with whole samples set to zero, the others scaled to keep the mean."""
+        if not self.training:
+            return x
+        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+        kept = torch.rand(shape, dtype=self.keep.dtype, device=x.device) < self.keep
+        return x * (kept / self.keep).to(x.dtype)
+
+
+def share_rates(blocks: Iterable[nn.Module]) -> None:
+    """Make the blocks of a network that drops samples alike, for compilation: their rates are tensors, 0 included."""
+    blocks = [block for block in blocks if isinstance(block, Block) and not isinstance(block, SubsetBlock)]
+    branches = ("drop_path1", "drop_path2")
+    if not any(isinstance(getattr(block, branch), DropPath) for block in blocks for branch in branches):
+        return
+    for block in blocks:
+        for branch in branches:
+            rate = getattr(getattr(block, branch), "drop_prob", 0.0)  # nn.Identity where it is 0
+            setattr(block, branch, SharedDropPath(rate, next(block.parameters())))
 
 
 def add_to_subset(x: Tensor, branch: Callable[[Tensor], Tensor], rate: float) -> Tensor:

@@ -177,8 +177,11 @@ def local_batch_size(batch_size: int, world_size: int, accumulate: int) -> int:
 
 def _compile_blocks(method: Method) -> None:
     """Compile block by block: one block's compile time instead of a network's, and one graph per crop size."""
+    from pretrain.models.drop_path import share_rates  # timm takes seconds to import
+
     for network in (method.student, method.teacher):
         backbone = network.get_submodule("backbone")
-        blocks = getattr(backbone, "blocks", None)
-        for block in blocks if blocks is not None else [backbone]:
+        blocks = list(getattr(backbone, "blocks", [backbone]))
+        share_rates(blocks)
+        for block in blocks:
             block.compile(dynamic=False)

@@ -292,8 +292,8 @@ def neighbours(folder: RunFolder, *, baselines: bool, tiny: bool) -> dict[str, A
     part = SuiteDataset(name=suite.dataset.name, train="train[:0.2]", test="test")
     suite = suite.model_copy(update={"dataset": part, "baselines": ("raw_pixels", "random_init")})
     found = measure(suite, load(folder.last_checkpoint), baselines=baselines)
-    score = {"top1": found.scores[found.headline], "interval": list(found.interval), "n": found.n}
-    score |= {"train": part.train, "baselines": found.baselines}
+    score = {"top1": found.scores[found.headline], "interval": list(found.interval), "n": found.n, "train": part.train}
+    score["baselines"] = {of: scores[found.headline] for of, scores in found.baselines.items()}
     write_json(file, score)
     return score
 
