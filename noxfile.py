@@ -103,6 +103,13 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend=BACKEND, default=False)
+def loss_curve(session: nox.Session) -> None:
+    """Loss of the optimised training beside the plain one, 2,000 steps; `-- --method dino_vmf`."""
+    _install_project(session)
+    _python(session, "tests/bench/loss_curve.py", *session.posargs)
+
+
+@nox.session(venv_backend=BACKEND, default=False)
 def reproduce_tables(session: nox.Session) -> None:
     """Train what the papers' tables lack and write them; `-- --dry-run` lists it, `-- --only dino_table7`."""
     _install_project(session)
