@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 from timm.models import checkpoint_seq
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,6 +33,8 @@ class PositionalViT(VisionTransformer):
     """timm's VisionTransformer with either rule for its positions, and patches masked or dropped. Same parameters."""
 
     pos_interpolation: Rule
+    cls_of: Callable[[Block, Tensor], Tensor] = staticmethod(cls_of)
+    """The last block where only CLS is read; replaced by its compiled form where blocks are compiled."""
 
     def embed(
         self, images: Tensor, mask: Tensor | None = None, mask_token: Tensor | None = None, keep: Tensor | None = None
@@ -87,7 +89,7 @@ class PositionalViT(VisionTransformer):
         if not reads_cls_only(self):
             return self.forward_head(self.norm(self._through(self.blocks, tokens)))
         *before, last = self.blocks
-        return self.forward_head(self.norm(self._through([*before, partial(cls_of, last)], tokens)))
+        return self.forward_head(self.norm(self._through([*before, partial(self.cls_of, last)], tokens)))
 
     def _through(self, blocks: Iterable[Callable[[Tensor], Tensor]], tokens: Tensor) -> Tensor:
         if self.grad_checkpointing and self.training:

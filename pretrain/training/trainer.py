@@ -185,3 +185,5 @@ def _compile_blocks(method: Method) -> None:
         share_rates(blocks)
         for block in blocks:
             block.compile(dynamic=False)
+        if hasattr(backbone, "cls_of"):
+            backbone.cls_of = torch.compile(backbone.cls_of, dynamic=False)
