@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 import torch
 from timm.models import checkpoint_seq
-from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.errors import UsageError
@@ -33,7 +33,7 @@ class PositionalViT(VisionTransformer):
     """timm's VisionTransformer with either rule for its positions, and patches masked or dropped. Same parameters."""
 
     pos_interpolation: Rule
-    cls_of: Callable[[Block, Tensor], Tensor] = staticmethod(cls_of)
+    cls_of: Callable[[nn.Module, Tensor], Tensor] = staticmethod(cls_of)
     """The last block where only CLS is read; replaced by its compiled form where blocks are compiled."""
 
     def embed(
