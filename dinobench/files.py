@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -11,19 +13,32 @@ from typing import Any
 
 from pretrain.errors import DinobenchError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""No room: on the disk, within the user's quota, within the process's limit."""
+
 
 def write_text(path: Path, text: str) -> None:
-    """Write to a temporary name in the same folder, sync, rename: a reader or a crash never sees half a file."""
+    """A text file, whole or not at all, see `write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write to a temporary name in the same folder, sync, rename: a reader or a crash never sees half a file.
+
+    Raises:
+        DinobenchError: the disk is full, or we may not write there; what was there stays.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a file may be in the way of the folder
+            temporary.unlink()
         raise not_writable(path, error) from error
 
 
@@ -41,7 +56,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DinobenchError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DinobenchError(f"{path} is not a JSON document: it was altered or damaged; move it away") from error
 
 
@@ -63,9 +78,10 @@ def make_folder(path: Path) -> Path:
 
 def not_writable(path: Path, error: OSError) -> DinobenchError:
     """The error for a place that cannot be written."""
+    way_out = "free some space there" if error.errno in FULL else "change its permissions"
     return DinobenchError(
         f"cannot write {path}: {(error.strerror or str(error)).lower()}; "
-        "choose another folder with --output, or change its permissions"
+        f"choose another folder with --output, or {way_out}"
     )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,11 +21,17 @@ LINE_SECONDS = 5.0
 """Between two progress lines where there is no terminal: Rich would show nothing until the end."""
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Rich would end the process."""
+        raise BrokenPipeError(errno.EPIPE, "broken pipe")
+
+
 class Reporter:
     """Prints messages and progress: a bar on a terminal, plain lines elsewhere. `silent` for ranks other than 0."""
 
     def __init__(self, *, silent: bool = False, every: float = LINE_SECONDS):
-        self.console = Console(stderr=True, quiet=silent, highlight=False, soft_wrap=True)
+        self.console = _Console(stderr=True, quiet=silent, highlight=False, soft_wrap=True)
         self._silent, self._every = silent, every
         self._file: Path | None = None
         self._last_line = -math.inf
@@ -34,27 +43,42 @@ class Reporter:
 
     def say(self, text: str) -> None:
         self._write(text)
-        self.console.print(text, markup=False)
+        self._print(text)
 
     def warn(self, text: str) -> None:
         self._write(f"warning: {text}")
-        self.console.print(f"warning: {text}", markup=False, style="bold yellow")
+        self._print(f"warning: {text}", style="bold yellow")
 
     def progress(self, progress: Progress) -> None:
         """Show where the training stands; called after every step, so it is cheap when nothing is due."""
         due = time.monotonic() - self._last_line >= self._every or progress.step == progress.total_steps
-        if self.console.is_terminal:
-            self._update_bar(progress)
+        if self.console.is_terminal and not self.console.quiet:
+            with self._while_there():
+                self._update_bar(progress)
         if due and not self._silent:
             self._last_line = time.monotonic()
             self._write(progress_line(progress))
             if not self.console.is_terminal:
-                self.console.print(progress_line(progress), markup=False)
+                self._print(progress_line(progress))
 
     def close_bar(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with self._while_there():
+                self._bar.stop()
             self._bar = None
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        with self._while_there():
+            self.console.print(text, markup=False, style=style)
+
+    @contextmanager
+    def _while_there(self) -> Iterator[None]:
+        """Whoever listens may go: a terminal is closed, `| tee` dies. The work goes on, and train.log goes on."""
+        try:
+            yield
+        except OSError as error:
+            self.console.quiet = True
+            self._write(f"nobody reads stderr any more ({error.strerror}); messages go on here")
 
     def _update_bar(self, progress: Progress) -> None:
         if self._bar is None:

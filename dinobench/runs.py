@@ -30,13 +30,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dinobench.files import make_folder, not_writable, read_json, slug, write_json, write_text
 from dinobench.journal import Journal
-from pretrain.errors import DinobenchError
+from pretrain.errors import DinobenchError, UsageError
 
 if TYPE_CHECKING:
     from pretrain.training.recipe import Recipe
 
 LOCK_SECONDS = 1.0
 """A watching evaluator holds the lock for a moment when it looks whether anyone else does (`is_held`)."""
+_REWRITE = "remove it and start the same command with --resume, which writes it again"
 Status = Literal["running", "interrupted", "finished", "collapsed", "failed"]
 
 
@@ -110,7 +111,10 @@ class RunFolder:
         try:
             return RunState.model_validate(read_json(self.state_file))
         except ValidationError as error:
-            raise DinobenchError(f"{self.state_file} was altered: {error.error_count()} fields are wrong") from error
+            raise DinobenchError(
+                f"{self.state_file} was altered: {error.error_count()} fields are wrong; move it away, then --resume goes "
+                "on from the checkpoint"
+            ) from error
 
     def update(self, **changes: Any) -> RunState:
         """Change fields of run.json, atomically."""
@@ -124,10 +128,10 @@ class RunFolder:
 
         try:
             recipe = yaml.safe_load(self.recipe_file.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise DinobenchError(f"cannot read {self.recipe_file}: it is missing or damaged") from error
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            raise DinobenchError(f"cannot read {self.recipe_file}: it is missing or damaged; {_REWRITE}") from error
         if not isinstance(recipe, dict):
-            raise DinobenchError(f"{self.recipe_file} is not a recipe")
+            raise DinobenchError(f"{self.recipe_file} is not a recipe: it was altered or damaged; {_REWRITE}")
         return recipe
 
     def kept_checkpoints(self) -> list[Path]:
@@ -139,8 +143,17 @@ class RunFolder:
         """The cell of a table that this run was made for, if it was."""
         return read_json(self.cell_file)["key"] if self.cell_file.is_file() else None
 
+    def starts(self) -> list[dict[str, Any]]:
+        """environment.json: machine, versions, commit and command of every start, the oldest first."""
+        file = self.path / "environment.json"
+        document = read_json(file) if file.is_file() else {"starts": []}
+        starts = document.get("starts") if isinstance(document, dict) else None
+        if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
+            raise DinobenchError(f"{file} was altered or damaged: it has no list of starts; move it away")
+        return starts
+
     def create(self, recipe: Recipe) -> None:
-        """Fill a new folder. run.json comes last: a folder without it was never started."""
+        """Fill a new folder. run.json comes last: a folder without it was never started, or has lost it."""
         for folder in (self.checkpoints, self.figures, self.path / "evals", self.path / "samples"):
             make_folder(folder)
         write_text(self.recipe_file, recipe.to_yaml())
@@ -148,9 +161,7 @@ class RunFolder:
 
     def started(self, environment: dict[str, Any]) -> RunState:
         """Note a start: in run.json who runs it now, in environment.json on what."""
-        file = self.path / "environment.json"
-        earlier = read_json(file)["starts"] if file.is_file() else []
-        write_json(file, {"starts": [*earlier, environment]})
+        write_json(self.path / "environment.json", {"starts": [*self.starts(), environment]})
         return self.update(status="running", process=_this_process(), note="", mirrored=False)
 
     def is_held(self) -> bool:
@@ -202,7 +213,7 @@ def find_run(recipe: Recipe, output: Path, *, new: bool = False) -> RunFolder:
     while (output / _numbered(name, number + 1)).exists():
         number += 1
     run = RunFolder(output / _numbered(name, number))
-    if new and run.exists:
+    if new and (run.exists or run.kept_checkpoints()):
         run = RunFolder(output / _numbered(name, number + 1))
     make_folder(run.path)
     _refuse_other_recipe(run, recipe)
@@ -213,12 +224,17 @@ def _refuse_other_recipe(run: RunFolder, recipe: Recipe) -> None:
     from pretrain.training.recipe import recipe_hash
 
     if run.recipe_file.is_file():
-        found = recipe_hash(run.recipe())[:8]
+        try:
+            found = recipe_hash(run.recipe())[:8]
+        except (AttributeError, TypeError):  # a section that is none, a value that JSON does not have
+            found = "none"
         if found != recipe.identity:
             raise DinobenchError(
                 f"{run.path} holds another recipe (id {found}, this one is {recipe.identity}): "
                 "its recipe.yaml was changed; choose another --output or move the folder away"
             )
+    elif run.exists or run.kept_checkpoints():
+        return  # its recipe.yaml is lost and will be written again: the name of the folder says which recipe it was
     elif strangers := sorted(path.name for path in run.path.iterdir() if not path.name.startswith(".")):
         known = {"checkpoints", "figures", "evals", "samples"}
         if set(strangers) - known:

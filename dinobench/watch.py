@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dinobench.evaluate import Evaluation, Failure, Say, evaluate_all
-from dinobench.files import read_json
 from dinobench.results import Result
 from dinobench.runs import RunFolder, describe_status
 from pretrain.errors import DinobenchError
@@ -173,7 +172,6 @@ def _advice(run: RunFolder, status: str) -> str:
 
 def _resume_command(run: RunFolder) -> str:
     """The command that started the run, with --resume."""
-    file = run.path / "environment.json"
-    starts = read_json(file)["starts"] if file.is_file() else []
+    starts = run.starts()
     words = shlex.split(starts[-1]["command"]) if starts else ["dinobench", "pretrain", str(run.recipe_file)]
     return shlex.join([*(word for word in words if word not in ("--resume", "--new")), "--resume"])

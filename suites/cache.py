@@ -12,10 +12,12 @@ them once.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import secrets
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -43,8 +45,13 @@ def content_key(**parts: Any) -> str:
 
 
 def default_folder() -> Path:
-    """`DINOBENCH_CACHE`, else ~/.cache/dinobench."""
-    return Path(os.environ.get("DINOBENCH_CACHE") or Path.home() / ".cache" / "dinobench")
+    """`DINOBENCH_CACHE`, else ~/.cache/dinobench; below the temporary folder for a user who has no home."""
+    if named := os.environ.get("DINOBENCH_CACHE"):
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "dinobench"
+    except RuntimeError:  # an unlisted user in a container
+        return Path(tempfile.gettempdir()) / f"dinobench-{os.getuid()}"
 
 
 @dataclass(frozen=True)
@@ -116,22 +123,22 @@ class FeatureCache:
     def read(self, key: str, accept: Callable[[dict[str, str]], bool] = lambda metadata: True) -> Entry | None:
         """The entry, or None. A damaged one is removed with a warning."""
         path = self._path("features", key, ".safetensors")
-        if not path.exists():
-            return None
         try:
+            if not path.exists():
+                return None
             tensors, metadata = _open(path)
             stated = metadata.pop("checksum", "")
             if not accept(metadata):
                 return None
             if stated != checksum(tensors):
                 raise ValueError("its checksum does not match")
-            os.utime(path)  # read now: last to be removed
         except FileNotFoundError:
             return None  # removed by another process meanwhile
         except (SafetensorError, ValueError, OSError) as error:
-            warnings.warn(f"damaged cache entry {path} is removed and computed again ({error})", stacklevel=2)
-            path.unlink(missing_ok=True)
+            _remove_damaged(path, error)
             return None
+        with contextlib.suppress(OSError):  # of another user, or on a disk that is read-only
+            os.utime(path)  # read now: last to be removed
         return Entry(tensors, metadata, from_cache=True)
 
     def read_scores(self, key: str) -> dict[str, float] | None:
@@ -142,9 +149,8 @@ class FeatureCache:
             return {str(name): float(value) for name, value in stored.items()}
         except FileNotFoundError:
             return None
-        except (ValueError, AttributeError, TypeError, OSError) as error:
-            warnings.warn(f"damaged cache entry {path} is removed and computed again ({error})", stacklevel=2)
-            path.unlink(missing_ok=True)
+        except (ValueError, AttributeError, TypeError, RecursionError, OSError) as error:
+            _remove_damaged(path, error)
             return None
 
     def write_scores(self, key: str, scores: dict[str, float]) -> None:
@@ -216,6 +222,12 @@ class FeatureCache:
         return self.folder / kind / key[:2] / f"{key}{suffix}"
 
 
+def _remove_damaged(path: Path, error: Exception) -> None:
+    warnings.warn(f"damaged cache entry {path} is removed and computed again ({error})", stacklevel=3)
+    with contextlib.suppress(OSError):  # a read-only disk; or there is no such folder, a file is in its place
+        path.unlink()
+
+
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors, mapped into memory, and metadata of a file."""
     with safe_open(path, framework="pt") as file:
@@ -243,5 +255,5 @@ def _tolerate_full_disk(folder: Path) -> Iterator[None]:
     """A cache that cannot be written costs time, not the result."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has one class for all of its failures
         warnings.warn(f"the cache {folder} could not be written ({error}); set DINOBENCH_CACHE", stacklevel=4)
