@@ -112,8 +112,8 @@ class RunFolder:
             return RunState.model_validate(read_json(self.state_file))
         except ValidationError as error:
             raise DinobenchError(
-                f"{self.state_file} was altered: {error.error_count()} fields are wrong; move it away, then --resume goes "
-                "on from the checkpoint"
+                f"{self.state_file} was altered: {error.error_count()} fields are wrong; move it away, then --resume "
+                "goes on from the checkpoint"
             ) from error
 
     def update(self, **changes: Any) -> RunState:

@@ -114,8 +114,8 @@ def read_own(path: str | Path, map_location: str | torch.device = "cpu") -> dict
     payload = read(path, map_location)
     if payload.get("format") != FORMAT or not isinstance(payload.get("step"), int):
         raise DinobenchError(
-            f"{path} has the format {payload.get('format')!r}, expected {FORMAT}: a newer version of dinobench wrote it, "
-            "or another program; use that one, or move the file away"
+            f"{path} has the format {payload.get('format')!r}, expected {FORMAT}: a newer version of dinobench wrote "
+            "it, or another program; use that one, or move the file away"
         )
     return payload
 

@@ -190,9 +190,9 @@ def refuse_non_finite(state: dict[str, Any], step: int) -> None:
     bad = [name for name, tensor in named if not tensor.isfinite().all()]
     if bad:
         raise DinobenchError(
-            f"{len(bad)} of {len(named)} tensors of the weights and the optimiser are not finite after step {step}, the "
-            f"first is {bad[0]}; the loss was, so it is the gradients that were not. The last good checkpoint is kept. "
-            "Try a lower optim.lr, a smaller optim.clip or runtime.precision=fp32"
+            f"{len(bad)} of {len(named)} tensors of the weights and the optimiser are not finite after step {step}, "
+            f"the first is {bad[0]}; the loss was, so it is the gradients that were not. The last good checkpoint is "
+            "kept. Try a lower optim.lr, a smaller optim.clip or runtime.precision=fp32"
         )
 
 

@@ -134,8 +134,8 @@ class Trainer:
             if is_out_of_memory(error):
                 raise
             raise DinobenchError(
-                f"{path} does not fit this recipe ({' '.join(str(error).split())[:200]}): it was altered, or written by "
-                "another version of dinobench; use that version, or start again with --new"
+                f"{path} does not fit this recipe ({' '.join(str(error).split())[:200]}): it was altered, or written "
+                "by another version of dinobench; use that version, or start again with --new"
             ) from error
         return int(payload["step"])
 
