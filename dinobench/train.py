@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dinobench import environment, plots, tracking
-from dinobench.evaluate import Evaluation, Failure, evaluate, missing
+from dinobench.evaluate import Evaluation, Failure, evaluate_all, missing
+from dinobench.files import write_text
 from dinobench.mirror import Mirror
 from dinobench.results import Result
 from dinobench.runs import RunFolder, RunState, find_run, now
@@ -137,9 +138,17 @@ def _claim(recipe: Recipe, request: Request, held: ExitStack) -> _Job:
     """Find and lock the run folder, and decide what there is to do in it."""
     run = find_run(recipe, request.output, new=request.new)
     held.enter_context(run.lock())
+    started = bool(run.kept_checkpoints())
     if not run.exists:
+        if started and not request.resume:
+            raise DinobenchError(
+                f"{run.path} has a checkpoint of this recipe, but its run.json is gone: --resume writes it again and "
+                "goes on from there, --new starts another run"
+            )
         run.create(recipe)
-        return _Job(run.path, train=True, resume=False)
+        return _Job(run.path, train=True, resume=started)
+    if not run.recipe_file.is_file():
+        write_text(run.recipe_file, recipe.to_yaml())
     state = run.state()
     if state.status == "finished":
         return _Job(run.path, train=False, resume=False)
@@ -163,7 +172,7 @@ class _Session:
         """Train if there is something to train, evaluate if it finished, draw, and bring MLflow up to date."""
         results: list[Result] = []
         failures: list[Failure] = []
-        first = checkpoint_step(self.run.last_checkpoint) if job.resume else 0
+        first = self._first_step() if job.resume else 0
         if job.train:
             self.run.journal.cut(first)
             resumed = first if job.resume else None
@@ -176,12 +185,27 @@ class _Session:
                 self._train(job)
             elif self.mirror:  # a kill after the training may have left the MLflow run open
                 self.mirror.finish(self.run.state().status)
-            draw_figures(self.run)
+            self._draw()
             if self.run.state().status == "finished":
                 results, failures = _evaluate(self.run, suites, settings, self.mirror, self.reporter.say)
         finally:
             links = self._stop_mirror()
         return Summary(self.run, self.run.state(), job.train, results, failures, links)
+
+    def _first_step(self) -> int:
+        """Where a resumed training goes on.
+
+        Raises:
+            DinobenchError: every checkpoint is damaged.
+        """
+        from pretrain.training.checkpoints import CheckpointFolder, damage_of
+
+        start = CheckpointFolder(self.run.checkpoints, writes=False).resume_from()
+        last = self.run.last_checkpoint
+        if start is not None and start != last:
+            reason = damage_of(last) if last.is_file() else f"there is no {last}"
+            self.reporter.warn(f"{reason}; going on from {start.name}, the newest checkpoint that is whole")
+        return checkpoint_step(start) if start else 0
 
     def _train(self, job: _Job) -> None:
         from pretrain.training.loop import train
@@ -211,9 +235,25 @@ class _Session:
             raise
         finally:
             self.reporter.close_bar()
-            self.run.update(status=status, note=note, **done)
             if self.mirror:
                 self.mirror.finish(status)
+            self._note(ended_well=bool(done), status=status, note=note, **done)
+
+    def _note(self, *, ended_well: bool, **changes: Any) -> None:
+        """Write how the training ended to run.json; where that fails too, what ended it is told, not this."""
+        try:
+            self.run.update(**changes)
+        except DinobenchError as error:
+            if ended_well:
+                raise
+            self.reporter.warn(str(error))
+
+    def _draw(self) -> None:
+        """The figures; a training does not fail for them."""
+        try:
+            draw_figures(self.run)
+        except DinobenchError as error:
+            self.reporter.warn(f"no figures: {error}")
 
     def _log(self, metrics: dict[str, float], step: int) -> None:
         point = self.run.journal.append(metrics, step)
@@ -239,24 +279,16 @@ class _Session:
 def _evaluate(
     run: RunFolder, suites: Sequence[Suite], settings: Evaluation, mirror: Mirror | None, say: Callable[[str], None]
 ) -> tuple[list[Result], list[Failure]]:
-    """All suites on every kept checkpoint, the oldest first."""
-    results: list[Result] = []
-    failures: list[Failure] = []
-    for checkpoint in run.kept_checkpoints() if suites else []:
-        done, failed = evaluate(checkpoint, suites, settings, say)
-        results += done
-        failures += failed
-        for result in done:
-            if mirror:
-                mirror.result(result)
-    return results, failures
+    """All suites on every kept checkpoint, the oldest first; one that cannot be read does not stop the others."""
+    record = mirror.result if mirror else (lambda result: None)
+    return evaluate_all(run.kept_checkpoints() if suites else [], suites, settings, say, record)
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """The training step of a checkpoint; 0 where there is none yet."""
-    from pretrain.models.checkpoint import read
+    """The training step of a checkpoint."""
+    from pretrain.models.checkpoint_file import read_own
 
-    return int(read(checkpoint)["step"]) if checkpoint.is_file() else 0
+    return read_own(checkpoint)["step"]
 
 
 def draw_figures(run: RunFolder) -> None:

@@ -131,6 +131,23 @@ def check_pickle(path: Path) -> None:
         raise unpickling_refused(path, refused)
 
 
+def check_records(path: Path) -> None:
+    """Refuse a file of ours that is cut short, or whose bytes are not those that were written.
+
+    Raises:
+        DinobenchError: a record does not have its checksum, or the file cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            record = archive.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise DinobenchError(f"{path} is truncated or damaged ({error}): copy it again or take another one") from error
+    if record is not None:
+        raise DinobenchError(
+            f"{path} is damaged: the checksum of its record {record} does not match; copy it again or take another one"
+        )
+
+
 def unpickling_refused(path: Path, names: list[str]) -> DinobenchError:
     """The error for a file that asks for these classes or functions."""
     return DinobenchError(
