@@ -269,7 +269,7 @@ def sync(run: RunFolder, uri: str) -> dict[str, str]:
     store.describe(run_id, run_description(run, ResultStore(run.path).all()))
     store.log_files(run_id, sorted(run.figures.glob("*.png")), "figures")
     if status != "running":
-        close_pretraining(store, run_id, status, points[-1].time if points else None)
+        close_pretraining(store, run_id, status, max((point.time for point in points), default=None))
         with contextlib.suppress(DinobenchError):  # of someone else, we may only read it
             run.update(mirrored=True)
     return pages(store, run_id)

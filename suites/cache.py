@@ -147,7 +147,7 @@ class FeatureCache:
         try:
             stored = json.loads(path.read_text())
             return {str(name): float(value) for name, value in stored.items()}
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, AttributeError, TypeError, RecursionError, OSError) as error:
             _remove_damaged(path, error)
@@ -179,7 +179,7 @@ class FeatureCache:
     def _evict(self, keep: Path) -> None:
         """Remove the features read longest ago until the rest fits; the one just written stays."""
         with self._lock("evict"):
-            for modified, _, path in self._files("*/.writing-*"):
+            for modified, _, path in self._files("*/.*"):  # also what safetensors calls a file until it is whole
                 if time.time() - modified > ABANDONED_SECONDS:
                     path.unlink(missing_ok=True)
             features = sorted(self._features())
