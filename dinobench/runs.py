@@ -30,13 +30,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dinobench.files import make_folder, not_writable, read_json, slug, write_json, write_text
 from dinobench.journal import Journal
-from pretrain.errors import DinobenchError, UsageError
+from pretrain.errors import DinobenchError
 
 if TYPE_CHECKING:
     from pretrain.training.recipe import Recipe
 
 LOCK_SECONDS = 1.0
-"""A watching evaluator holds the lock for a moment when it looks whether anyone else does (`is_held`)."""
+"""Who looks whether anyone holds the lock holds it for a moment (`is_held`)."""
+LOOK_SECONDS = 0.2
+"""For the same reason: two who look at once must not take each other for the run."""
 _REWRITE = "remove it and start the same command with --resume, which writes it again"
 Status = Literal["running", "interrupted", "finished", "collapsed", "failed"]
 
@@ -100,6 +102,10 @@ class RunFolder:
         return self.path / ".cell.json"
 
     @property
+    def _holder_file(self) -> Path:
+        return self.path / ".holder"
+
+    @property
     def journal(self) -> Journal:
         return Journal(self.path / "metrics.jsonl")
 
@@ -135,8 +141,9 @@ class RunFolder:
         return recipe
 
     def kept_checkpoints(self) -> list[Path]:
-        """The kept checkpoints, oldest first; last.pt alone when there is no other."""
-        numbered = sorted(self.checkpoints.glob("step=*.pt"), key=lambda path: int(path.stem.partition("=")[2]))
+        """The kept checkpoints, oldest first; last.pt alone when there is no other. Other names are not ours."""
+        found = [path for path in self.checkpoints.glob("step=*.pt") if path.stem.partition("=")[2].isdecimal()]
+        numbered = sorted(found, key=lambda path: int(path.stem.partition("=")[2]))
         return numbered or [path for path in (self.last_checkpoint,) if path.is_file()]
 
     def cell(self) -> str | None:
@@ -164,10 +171,17 @@ class RunFolder:
         write_json(self.path / "environment.json", {"starts": [*self.starts(), environment]})
         return self.update(status="running", process=_this_process(), note="", mirrored=False)
 
+    def holder(self) -> str:
+        """<host>:<process id> of who locked the folder last."""
+        try:
+            return self._holder_file.read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            return "?"
+
     def is_held(self) -> bool:
         """Whether a process works in this folder now; one that we may only read counts as free."""
         try:
-            with FileLock(self.path / ".lock", timeout=0):
+            with FileLock(self.path / ".lock", timeout=LOOK_SECONDS):
                 return False
         except Timeout:
             return True
@@ -176,7 +190,7 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Only one process works in a run folder. The system frees the lock of a killed process.
+        """Only one process works in a run folder; `holder` says which. The system frees the lock of a killed process.
 
         Raises:
             DinobenchError: another process holds it, or we may not write there.
@@ -185,23 +199,36 @@ class RunFolder:
         try:
             lock.acquire(timeout=LOCK_SECONDS)
         except Timeout:
-            holder = self.state().process if self.exists else "?"
             raise DinobenchError(
-                f"another process ({holder}) is working on {self.path}: wait for it, or start a second run with --new"
+                f"another process ({self.holder()}) is working on {self.path}: wait for it (`dinobench runs show "
+                f"{self.path}` says how far it is), or start a second run with --new"
             ) from None
         except OSError as error:
             raise not_writable(self.path, error) from error
         try:
+            write_text(self._holder_file, _this_process())
             yield
         finally:
             lock.release()
 
 
 def find_run(recipe: Recipe, output: Path, *, new: bool = False) -> RunFolder:
-    """The folder of this recipe under `output`: the latest of its runs, or a number not yet taken.
+    """The folder of this recipe under `output`, see `locate_run`; made where it is not there.
 
     Raises:
         DinobenchError: `output` is a run folder itself, the folder holds another recipe, or we may not write there.
+    """
+    run = locate_run(recipe, output, new=new)
+    make_folder(run.path)
+    _refuse_other_recipe(run, recipe)
+    return run
+
+
+def locate_run(recipe: Recipe, output: Path, *, new: bool = False) -> RunFolder:
+    """Where a start of this recipe works: the latest of its runs, or a number not yet taken. Nothing is made.
+
+    Raises:
+        DinobenchError: `output` is a run folder itself.
     """
     if (output / "recipe.yaml").is_file():
         raise DinobenchError(
@@ -215,8 +242,6 @@ def find_run(recipe: Recipe, output: Path, *, new: bool = False) -> RunFolder:
     run = RunFolder(output / _numbered(name, number))
     if new and (run.exists or run.kept_checkpoints()):
         run = RunFolder(output / _numbered(name, number + 1))
-    make_folder(run.path)
-    _refuse_other_recipe(run, recipe)
     return run
 
 

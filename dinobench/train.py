@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinobench import environment, plots, tracking
+from dinobench.condition import refuse_unfinished
 from dinobench.evaluate import Evaluation, Failure, evaluate_all, missing
 from dinobench.files import write_text
 from dinobench.mirror import Mirror
@@ -138,27 +139,16 @@ def _claim(recipe: Recipe, request: Request, held: ExitStack) -> _Job:
     """Find and lock the run folder, and decide what there is to do in it."""
     run = find_run(recipe, request.output, new=request.new)
     held.enter_context(run.lock())
-    started = bool(run.kept_checkpoints())
+    if not request.resume:
+        refuse_unfinished(run, ours=True)
     if not run.exists:
-        if started and not request.resume:
-            raise DinobenchError(
-                f"{run.path} has a checkpoint of this recipe, but its run.json is gone: --resume writes it again and "
-                "goes on from there, --new starts another run"
-            )
+        started = bool(run.kept_checkpoints())
         run.create(recipe)
         return _Job(run.path, train=True, resume=started)
     if not run.recipe_file.is_file():
         write_text(run.recipe_file, recipe.to_yaml())
-    state = run.state()
-    if state.status == "finished":
-        return _Job(run.path, train=False, resume=False)
-    if not request.resume:
-        status = "was killed" if state.status == "running" else f"is {state.status}"
-        raise DinobenchError(
-            f"{run.path} holds an unfinished run of this recipe (it {status}): continue it with --resume, "
-            "or start another with --new"
-        )
-    return _Job(run.path, train=True, resume=True)
+    unfinished = run.state().status != "finished"
+    return _Job(run.path, train=unfinished, resume=unfinished)
 
 
 class _Session:
@@ -176,7 +166,10 @@ class _Session:
         if job.train:
             self.run.journal.cut(first)
             resumed = first if job.resume else None
-            self.run.started(environment.describe(self.request.command, str(self.runtime.device), now(), resumed))
+            facts = environment.describe(
+                self.request.command, str(self.runtime.device), now(), resumed, self.runtime.world_size
+            )
+            self.run.started(facts)
         self._start_mirror()
         try:
             if job.train:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,12 @@ def test_the_lock_of_a_killed_process_does_not_block(run: RunFolder) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == b"held\n"
         assert runs.describe_status(run) == "running"
+        # the second says who, before anything was written to run.json
+        with (
+            pytest.raises(DinobenchError, match=rf"another process \(.+:{process.pid}\) .*runs show {run.path}"),
+            run.lock(),
+        ):
+            pass
         process.kill()
     assert (run.path / ".lock").exists()
     with run.lock():
@@ -102,8 +109,22 @@ def test_the_lock_of_a_killed_process_does_not_block(run: RunFolder) -> None:
     assert runs.describe_status(run) == "killed"
 
 
+def test_two_who_look_at_a_killed_run_do_not_take_each_other_for_it(run: RunFolder) -> None:
+    seen: list[str] = []
+    lookers = [
+        threading.Thread(target=lambda: seen.extend(runs.describe_status(RunFolder(run.path)) for _ in range(50)))
+        for _ in range(4)
+    ]
+    for looker in lookers:
+        looker.start()
+    for looker in lookers:
+        looker.join()
+    assert set(seen) == {"killed"} and len(seen) == 200
+
+
 def test_kept_checkpoints_come_in_the_order_of_their_steps(run: RunFolder) -> None:
     run.last_checkpoint.touch()
+    (run.checkpoints / "step=copy.pt").touch()  # of the user
     assert run.kept_checkpoints() == [run.last_checkpoint]
     for step in (1000, 200):
         (run.checkpoints / f"step={step:08d}.pt").touch()

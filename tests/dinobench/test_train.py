@@ -114,11 +114,11 @@ def test_every_kept_checkpoint_is_evaluated_once_finished(
 ) -> None:
     seen = []
 
-    def evaluate(checkpoint: Path, suites: Any, settings: Any, say: Any) -> tuple[list, list]:
-        seen.append((checkpoint.name, [suite.name for suite in suites]))
+    def evaluate_all(checkpoints: list[Path], suites: Any, settings: Any, say: Any, record: Any) -> tuple[list, list]:
+        seen.extend((checkpoint.name, [suite.name for suite in suites]) for checkpoint in checkpoints)
         return [], []
 
-    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(train, "evaluate_all", evaluate_all)
     recipe = resolve("dino", overrides=["evaluation.suites=[digits_knn]", "tracking.enabled=false"])
     pretrain(recipe, evaluate=False)
     assert seen == []
@@ -155,6 +155,8 @@ def test_a_kill_after_the_training_leaves_no_open_page(
 
         def log(self, point: Any) -> None:
             pass
+
+        result = log
 
         def finish(self, status: str) -> None:
             self.finished.append(status)
