@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 LINE_SECONDS = 5.0
 """Between two progress lines where there is no terminal: Rich would show nothing until the end."""
 
+LOG_BYTES = 10 * 2**20
+"""Of train.log, a week of progress lines; then it becomes train.log.1, in place of an earlier one."""
+
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
@@ -100,6 +103,9 @@ class Reporter:
         try:
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+                full = file.tell() >= LOG_BYTES
+            if full:
+                self._file.replace(self._file.with_name(f"{self._file.name}.1"))
         except OSError as error:
             self._file = None
             self.warn(f"train.log cannot be written any more ({error.strerror}); messages go on here")

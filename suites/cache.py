@@ -5,7 +5,9 @@
     <folder>/locks/ab.lock                     one lock per first two digits of the key
 
 A key is a hash of everything the value depends on, so an entry is never out of date, only unused: the folder is kept
-under `max_bytes` by removing the features that were read longest ago. Files are written under a temporary name and
+under `max_bytes` (`DINOBENCH_CACHE_GB`) by removing the features that were read longest ago. Who reads an entry that is
+removed keeps what it has mapped; between machines that share the folder only where their file system keeps open files
+of others, which NFS does not: give each machine a folder of its own there. Files are written under a temporary name and
 renamed; a reader sees a whole file or none, and maps it into memory. Two processes that want the same features compute
 them once.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import secrets
 import tempfile
@@ -26,15 +29,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pretrain.errors import UsageError
 from suites.rows import checksum
 
-MAX_BYTES = 20 * 2**30
-"""Default bound, 20 GiB: ImageNet features of four ViT-S checkpoints with 4 blocks and mean patch token."""
+MAX_GB = 20.0
+"""Default bound in GiB: ImageNet features of four ViT-S checkpoints with 4 blocks and mean patch token."""
 ABANDONED_SECONDS = 24 * 3600
 """A file that nobody has written to for so long is what a killed process has left."""
 
@@ -54,6 +58,22 @@ def default_folder() -> Path:
         return Path(tempfile.gettempdir()) / f"dinobench-{os.getuid()}"
 
 
+def default_max_bytes() -> int:
+    """`DINOBENCH_CACHE_GB` in GiB, else 20.
+
+    Raises:
+        UsageError: it is no positive number.
+    """
+    text = os.environ.get("DINOBENCH_CACHE_GB") or str(MAX_GB)
+    try:
+        size = float(text)
+    except ValueError:
+        size = math.nan
+    if not 0 < size < math.inf:
+        raise UsageError(f"DINOBENCH_CACHE_GB={text!r}: expected the largest size of the cache in GiB, like 50 or 0.5")
+    return int(size * 2**30)
+
+
 @dataclass(frozen=True)
 class Entry:
     """Tensors with what is known about them."""
@@ -64,11 +84,11 @@ class Entry:
 
 
 class FeatureCache:
-    """See the module. `folder` defaults to `default_folder()`."""
+    """See the module. The arguments default to `default_folder()` and `default_max_bytes()`."""
 
-    def __init__(self, folder: Path | None = None, *, max_bytes: int = MAX_BYTES):
+    def __init__(self, folder: Path | None = None, *, max_bytes: int | None = None):
         self.folder = folder or default_folder()
-        self.max_bytes = max_bytes
+        self.max_bytes = default_max_bytes() if max_bytes is None else max_bytes
 
     def get_or_compute(self, key: str, compute: Callable[[], tuple[dict[str, Tensor], dict[str, str]]]) -> Entry:
         """The entry under `key`, computed by at most one process at a time and stored.
@@ -187,9 +207,26 @@ class FeatureCache:
             for _, size, path in features:
                 if total <= self.max_bytes:
                     break
-                if path != keep:
-                    path.unlink(missing_ok=True)
+                if path != keep and self._remove(path, keep.parent.name):
                     total -= size
+
+    def _remove(self, path: Path, ours: str) -> bool:
+        """Remove an entry, unless a process holds its lock: it may have just written it and not opened it yet.
+
+        Args:
+            ours: name of the lock that we hold.
+        """
+        lock = FileLock(self.folder / "locks" / f"{path.parent.name}.lock")
+        try:
+            if path.parent.name != ours:
+                lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        try:
+            path.unlink(missing_ok=True)
+        finally:
+            lock.release()
+        return True
 
     def _features(self) -> Iterator[tuple[float, int, Path]]:
         return self._files("*/*.safetensors")

@@ -174,6 +174,43 @@ def test_a_full_queue_is_filled_up_from_the_journal(
     assert sorted(steps) == list(range(1, 11))
 
 
+@pytest.mark.promise("a long run is mirrored", "what the mirror remembers and what waits for it are bounded")
+def test_what_the_mirror_remembers_does_not_grow_with_the_run(
+    run: RunFolder, uri: str, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "FLUSH_POINTS", 5)
+    remembered: list[int] = []
+    log_points = tracking.Store.log_points
+
+    def counted(store: Any, run_id: str, points: Any, known: set) -> None:
+        log_points(store, run_id, points, known)
+        remembered.append(len(known))
+
+    monkeypatch.setattr(tracking.Store, "log_points", counted)
+    follower = Mirror(run, uri, pytest.fail)
+    follower._connected.wait()
+    for step in range(1, 101):
+        follower.log(run.journal.append({"loss/total": 1.0, "optim/lr": 0.1}, step))
+        follower.log(run.journal.append({"loss/total": 1.0, "prototypes/unique": 3.0}, step))  # twice at one step
+    assert follower.close()
+    assert max(remembered) <= 3 * (5 + 1)
+    run_id = of(client, run).info.run_id
+    for name in ("loss/total", "prototypes/unique"):
+        assert [m.step for m in client.get_metric_history(run_id, name)] == list(range(1, 101))
+
+
+def test_what_waited_for_a_store_that_failed_is_let_go(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = threading.Event()
+    monkeypatch.setattr(tracking, "connect", lambda uri: (ready.wait(10), 1 / 0))
+    follower = Mirror(run, "sqlite:///absent.db", lambda text: None)
+    for step in range(100):
+        follower.log(run.journal.append({"loss/total": 1.0}, step))
+    assert follower._queue.qsize() == 100
+    ready.set()
+    follower._connected.wait()
+    assert follower._queue.qsize() == 0
+
+
 def test_a_silent_server_is_given_up_after_seconds() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
