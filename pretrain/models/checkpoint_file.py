@@ -31,14 +31,13 @@ from torch import Tensor
 
 from pretrain.errors import DinobenchError
 from pretrain.models.file_checks import (
-    check_pickle,
     check_records,
     check_sizes,
     check_start,
     check_zip,
-    unpickling_refused,
 )
 from pretrain.models.numpy_numbers import STAND_INS
+from pretrain.models.pickle_checks import ClippedFile, check_pickle, unpickling_refused
 
 FORMAT = "dinobench-checkpoint-1"
 MAX_INDEX_BYTES = 2**26
@@ -138,7 +137,10 @@ def _read_torch(path: Path, map_location: str | torch.device, mmap: bool) -> Any
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace, *STAND_INS]):
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # said of files that are no checkpoints
-            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap and is_zip)
+            if is_zip:
+                return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+            with ClippedFile(path) as file:
+                return torch.load(file, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         names = re.findall(r"GLOBAL ([\w.]+) was not an allowed", str(error))
         raise (unpickling_refused(path, names) if names else _unreadable(path, error)) from error
