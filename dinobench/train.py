@@ -5,6 +5,7 @@ The loop knows nothing of all this: it gets `log` and `progress` and gives back 
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -220,6 +221,9 @@ class _Session:
         except KeyboardInterrupt:
             status, note = "interrupted", "SIGINT"
             raise
+        except SystemExit as error:  # of the handler outside the loop: before its first step, or after its last
+            status, note = "interrupted", _signal_name(error)
+            raise
         except CheckFailed as error:
             status, note = "collapsed", str(error)
             raise
@@ -275,6 +279,11 @@ def _evaluate(
     """All suites on every kept checkpoint, the oldest first; one that cannot be read does not stop the others."""
     record = mirror.result if mirror else (lambda result: None)
     return evaluate_all(run.kept_checkpoints() if suites else [], suites, settings, say, record)
+
+
+def _signal_name(error: SystemExit) -> str:
+    number = int(error.code or 0) - 128
+    return signal.Signals(number).name if number in signal.valid_signals() else str(error)
 
 
 def checkpoint_step(checkpoint: Path) -> int:

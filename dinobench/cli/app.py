@@ -68,10 +68,11 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     signal.signal(signal.SIGTERM, _terminate)
-    if (
-        hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
-    ):  # nohup: go on without a terminal
-        signal.signal(signal.SIGHUP, _terminate)
+    for name in ("SIGHUP", "SIGUSR1", "SIGUSR2"):  # Windows has none of them
+        number = getattr(signal, name, None)
+        # nohup has SIGHUP ignored, submitit has handlers of its own
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _terminate)
     if sys.stdout is None:  # closed, as by `>&-`: the work counts, not the words
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
     try:
@@ -140,5 +141,5 @@ def _tell(text: str, code: int) -> int:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """SIGTERM or SIGHUP outside the training loop (which has its own handler): leave through the `finally` blocks."""
+    """Told to stop outside the training loop (which has its own handler): leave through the `finally` blocks."""
     raise SystemExit(128 + number)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -95,6 +96,17 @@ def test_a_collapse_is_its_own_status(fake_loop: Any, pretrain: Any, recipe: Rec
     with pytest.raises(CheckFailed):
         pretrain()
     assert find_run(recipe, tmp_path / "runs").state().status == "collapsed"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_outside_the_steps_is_an_interruption_and_no_failure(
+    name: str, fake_loop: Any, pretrain: Any, recipe: Recipe, tmp_path: Path
+) -> None:
+    fake_loop.stop_at, fake_loop.error = 3, SystemExit(128 + signal.Signals[name])
+    with pytest.raises(SystemExit):
+        pretrain()
+    state = find_run(recipe, tmp_path / "runs").state()
+    assert (state.status, state.note) == ("interrupted", name)
 
 
 def test_a_held_folder_is_refused(fake_loop: Any, pretrain: Any, recipe: Recipe, tmp_path: Path) -> None:
