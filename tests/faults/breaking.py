@@ -151,7 +151,10 @@ def small_disk(folder: Path, size: str) -> Iterator[Callable[[str], None]]:
     """A disk of its own at a folder; gives a function that mounts it again with other options, like `size=8m`."""
     folder.mkdir(parents=True, exist_ok=True)
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if mounted.returncode:
         pytest.skip(f"no right to mount a disk here: {mounted.stderr.strip()}")
@@ -165,7 +168,24 @@ def small_disk(folder: Path, size: str) -> Iterator[Callable[[str], None]]:
         subprocess.run(["umount", "-l", str(folder)], check=True, capture_output=True)
 
 
+@contextlib.contextmanager
+def read_only_disk(folder: Path) -> Iterator[None]:
+    """What lies at a folder becomes a read-only disk; open files stay open."""
+
+    def mount(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["mount", *arguments, str(folder)], capture_output=True, text=True, check=False)
+
+    bound = mount("--bind", str(folder))
+    if bound.returncode:
+        pytest.skip(f"no right to mount a disk here: {bound.stderr.strip()}")
+    try:
+        mount("-o", "remount,bind,ro").check_returncode()
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True, capture_output=True)
+
+
 def leftovers(folder: Path) -> list[str]:
-    """Files that a write left behind; locks are meant to stay."""
-    hidden = (path for path in folder.rglob(".*") if path.is_file())
-    return sorted(path.name for path in hidden if not path.name.endswith(".lock"))
+    """Unfinished files that a write left behind."""
+    names = (path.name for path in folder.rglob(".*") if path.is_file())
+    return sorted(name for name in names if any(sign in name for sign in (".tmp", ".spare", ".writing-")))

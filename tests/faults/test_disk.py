@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from breaking import (
     leftovers,
     nobody,
     read_only,
+    read_only_disk,
     room,
     small_disk,
     start,
@@ -413,14 +415,14 @@ def test_mlflows_database_on_a_full_disk_ends_nothing(tmp_path: Path, monkeypatc
 @pytest.mark.promise("a disk that becomes read-only during the run", "exit 3, path named; what was written stays whole")
 def test_a_disk_that_becomes_read_only_ends_the_run_with_its_name(tmp_path: Path) -> None:
     recipe = tiny(*QUIET, "checkpoint.every_steps=2")
-    with small_disk(tmp_path / "disk", "64m") as again:
-        listener = Listener(lambda step: again("ro") if step == 5 else None)
-        with pytest.raises(DinobenchError, match=r"cannot write .*read-only file system"):
-            start(recipe, tmp_path / "disk" / "runs", listener)
-        again("rw")
-        (folder,) = (tmp_path / "disk" / "runs").glob("dino-*")
-        assert checkpoint.read(folder / "checkpoints" / "last.pt")["step"] == 4
-        assert start(recipe, tmp_path / "disk" / "runs", resume=True).state.status == "finished"
+    with ExitStack() as mounted:
+        listener = Listener(lambda step: mounted.enter_context(read_only_disk(tmp_path)) if step == 5 else None)
+        with pytest.raises(DinobenchError, match=r"(?i)cannot write .*read-only file system") as error:
+            start(recipe, tmp_path / "runs", listener)
+    assert error.value.exit_code == 3
+    (folder,) = (tmp_path / "runs").glob("dino-*")
+    assert checkpoint.read(folder / "checkpoints" / "last.pt")["step"] == 4
+    assert start(recipe, tmp_path / "runs", resume=True).state.status == "finished"
 
 
 @pytest.mark.promise("a file in place of a folder", "exit 3 with its name")
