@@ -30,6 +30,8 @@ MAX_ARRAY_BYTES = 2 << 30
 """Sets of decoded files larger than this stay files."""
 FEW = 10
 """So many images may become unreadable whatever the limit."""
+MAX_ASPECT = 200
+"""Longer side over shorter side, of an image that is read."""
 _CHECKED = 500
 """`ImageSet.checked` decodes so many images, evenly spaced; all of a smaller set."""
 
@@ -118,12 +120,15 @@ def decode(content: bytes, short_side: int | None = None) -> Image.Image:
     """An RGB image out of an encoded file; orientation tags are ignored, as in torchvision.
 
     With `short_side`, JPEG files are decoded at the smallest of libjpeg's scales above it, then resized (bilinear).
-    Images of more pixels than PIL's limit against decompression bombs are refused.
+    Images of more pixels than PIL's limit against decompression bombs are refused, and strips: with its short side at
+    256, an image of 1 x 65,535 has four billion pixels.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(io.BytesIO(content)) as image:
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise ValueError(f"{image.width} x {image.height} pixels: a side is over {MAX_ASPECT} times the other")
             if short_side is not None:
                 image.draft("RGB", (short_side, short_side))
             image.load()

@@ -29,6 +29,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from pretrain.clipped_file import ClippedFile
 from pretrain.errors import DinobenchError
 from pretrain.models.file_checks import (
     check_records,
@@ -37,7 +38,7 @@ from pretrain.models.file_checks import (
     check_zip,
 )
 from pretrain.models.numpy_numbers import STAND_INS
-from pretrain.models.pickle_checks import ClippedFile, check_pickle, unpickling_refused
+from pretrain.models.pickle_checks import check_pickle, unpickling_refused
 
 FORMAT = "dinobench-checkpoint-1"
 MAX_INDEX_BYTES = 2**26

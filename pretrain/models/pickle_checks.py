@@ -16,7 +16,6 @@ The instructions are listed with `pickletools`, which runs nothing.
 from __future__ import annotations
 
 import io
-import os
 import pickletools
 import zipfile
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pretrain.clipped_file import ClippedFile
 from pretrain.errors import DinobenchError
 from pretrain.models.numpy_numbers import STAND_INS
 
@@ -75,17 +75,6 @@ def unpickling_refused(path: Path, names: list[str]) -> DinobenchError:
         "is refused because unpickling runs code from the file: where it was made, save its state dicts alone in a "
         "new file (torch.save({'teacher': network.state_dict()}, path)) and give that"
     )
-
-
-class ClippedFile(io.BufferedReader):
-    """A file of which nobody reads more than there is: Python sets memory aside for what is asked for."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path))
-        self._size = os.fstat(self.fileno()).st_size
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        return super().read(size if size is None or size < 0 else min(size, max(0, self._size - self.tell())))
 
 
 def _pickles_of(path: Path) -> Iterator[tuple[BinaryIO, int]]:

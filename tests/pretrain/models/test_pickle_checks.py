@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from pretrain.clipped_file import ClippedFile
 from pretrain.errors import DinobenchError
 from pretrain.models.checkpoint_file import read
-from pretrain.models.pickle_checks import ClippedFile, check_pickle
+from pretrain.models.pickle_checks import check_pickle
 
 
 def text(word: str) -> bytes:
