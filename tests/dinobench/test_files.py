@@ -10,6 +10,7 @@ from dinobench import files
 from pretrain.errors import DinobenchError
 
 
+@pytest.mark.promise("a write that fails at its last step", "the old file stays, no other is left")
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "state.json"
     files.write_json(path, {"step": 1})

@@ -45,6 +45,7 @@ def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.promise("disk full: train.log", "the run goes on and says so")
 def test_a_full_disk_does_not_stop_the_talking(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     talker = Reporter()
     talker.keep(tmp_path / "absent" / "train.log")

@@ -49,6 +49,7 @@ def test_a_folder_with_another_recipe_is_refused(recipe: Recipe, run: RunFolder)
         find_run(recipe, run.path.parent)
 
 
+@pytest.mark.promise("the run folder's name is taken by other files", "refused by name, nothing is touched")
 def test_a_folder_of_something_else_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     folder = tmp_path / f"{recipe.label}-s0-{recipe.identity}"
     folder.mkdir()
@@ -57,6 +58,7 @@ def test_a_folder_of_something_else_is_refused(recipe: Recipe, tmp_path: Path) -
         find_run(recipe, tmp_path)
 
 
+@pytest.mark.promise("a kill while a run folder is made", "the next start makes it")
 def test_a_folder_killed_while_being_made_is_made_again(recipe: Recipe, run: RunFolder) -> None:
     run.state_file.unlink()
     again = find_run(recipe, run.path.parent)
@@ -70,6 +72,7 @@ def test_the_stored_recipe_is_the_recipe(recipe: Recipe, run: RunFolder) -> None
     assert resolve(str(run.recipe_file)).identity == recipe.identity
 
 
+@pytest.mark.promise("two processes on one run", "the second is refused, with the holder's name")
 def test_two_processes_do_not_work_in_one_folder(run: RunFolder) -> None:
     with (
         run.lock(),
@@ -91,6 +94,7 @@ with RunFolder(Path(sys.argv[1])).lock():
 """
 
 
+@pytest.mark.promise("a lock file left by a process that died", "the next start takes it")
 def test_the_lock_of_a_killed_process_does_not_block(run: RunFolder) -> None:
     with subprocess.Popen([sys.executable, "-c", HOLD, str(run.path)], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None

@@ -148,6 +148,7 @@ def test_a_job_runs_the_command(on_a_node: Any, submitit: Any) -> None:
     assert submitit.requeued == []
 
 
+@pytest.mark.promise("a job's time ends (SIGUSR2)", "checkpoint, queued again, resumed")
 @pytest.mark.parametrize("code", [143, 138, 140])
 def test_an_interrupted_job_is_queued_again_and_resumes(code: int, on_a_node: Any, submitit: Any) -> None:
     on_a_node(JOB, code)

@@ -66,6 +66,7 @@ def test_resume_where_nothing_was_started_starts(fake_loop: Any, pretrain: Any) 
     assert pretrain(resume=True).state.status == "finished"
 
 
+@pytest.mark.promise("a kill before the first checkpoint", "--resume begins again, without doubled points")
 def test_resume_of_a_run_killed_before_its_first_checkpoint_begins_again(
     fake_loop: Any, pretrain: Any, recipe: Recipe, tmp_path: Path
 ) -> None:
@@ -109,6 +110,7 @@ def test_a_signal_outside_the_steps_is_an_interruption_and_no_failure(
     assert (state.status, state.note) == ("interrupted", name)
 
 
+@pytest.mark.promise("two processes on one run", "the second is refused, with the holder's name")
 def test_a_held_folder_is_refused(fake_loop: Any, pretrain: Any, recipe: Recipe, tmp_path: Path) -> None:
     with find_run(recipe, tmp_path / "runs").lock(), pytest.raises(DinobenchError, match="another process"):
         pretrain()
@@ -153,6 +155,7 @@ def test_the_rank_that_decides_shares_its_error_and_its_folder(recipe: Recipe, t
     assert train._agree(runtime, lambda: job) is job
 
 
+@pytest.mark.promise("a kill after the training, before MLflow has all", "the same command completes it")
 def test_a_kill_after_the_training_leaves_no_open_page(
     fake_loop: Any, pretrain: Any, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

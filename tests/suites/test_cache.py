@@ -42,6 +42,7 @@ def test_second_read_comes_from_the_cache_with_its_metadata(cache: FeatureCache)
     assert second.metadata == {"device": "cpu"}
 
 
+@pytest.mark.promise("a cache entry cut short, emptied or with a flipped bit", "found by its checksum, computed again")
 @pytest.mark.parametrize("damage", ["truncated", "flipped bit", "empty", "no checksum"])
 def test_damaged_entry_is_computed_again_with_a_warning(cache: FeatureCache, damage: str) -> None:
     cache.get_or_compute(KEY, tensors)
@@ -59,6 +60,7 @@ def test_damaged_entry_is_computed_again_with_a_warning(cache: FeatureCache, dam
     assert cache.get_or_compute(KEY, must_not_compute).from_cache
 
 
+@pytest.mark.promise("a cache that grows", "bounded; what was read last stays")
 def test_size_is_bounded_and_what_was_read_last_stays(tmp_path: Path) -> None:
     one = 50 * 10 * 4
     cache = FeatureCache(tmp_path, max_bytes=int(3.5 * one))
@@ -97,6 +99,7 @@ def test_two_readers_at_once_compute_an_entry_once(tmp_path: Path) -> None:
     assert len(log.read_text().split()) == 1
 
 
+@pytest.mark.promise("two processes want the same features", "computed once")
 @pytest.mark.slow
 def test_two_processes_compute_an_entry_once(tmp_path: Path) -> None:
     log = tmp_path / "computed"
@@ -123,6 +126,7 @@ def test_no_temporary_file_stays_behind_when_computing_or_writing_fails(
     assert not [path for path in cache.folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
+@pytest.mark.promise("a damaged file of baseline scores", "computed again, said")
 def test_scores_are_stored_and_damaged_ones_forgotten(cache: FeatureCache) -> None:
     assert cache.read_scores(KEY) is None
     cache.write_scores(KEY, {"top1": 97.8})
@@ -179,6 +183,7 @@ def test_a_written_entry_is_read_and_one_that_is_not_accepted_is_replaced(cache:
     assert second.tensors["features"].sum() == 10  # who reads the old one keeps it
 
 
+@pytest.mark.promise("a cache entry cut short, emptied or with a flipped bit", "found by its checksum, computed again")
 def test_a_flipped_bit_in_a_written_entry_is_found(cache: FeatureCache) -> None:
     cache.get_or_write(KEY, writer(1, "a"))
     path = stored_file(cache)

@@ -53,6 +53,7 @@ def _interrupt_at(step, number=signal.SIGTERM):
     return progress
 
 
+@pytest.mark.promise("SIGTERM at any step", "resumed, weights and log are those of the undisturbed run")
 @pytest.mark.parametrize("stop_at", [1, 4, 5, 9])
 def test_stopping_at_any_step_and_resuming_gives_the_same_weights_and_log(stop_at, tmp_path):
     recipe = _recipe()
@@ -74,6 +75,7 @@ def test_stopping_at_any_step_and_resuming_gives_the_same_weights_and_log(stop_a
     assert without_speed(parts) == without_speed(whole)
 
 
+@pytest.mark.promise("the time of a job ends", "a checkpoint; resumed to equal weights")
 def test_after_its_minutes_a_run_stops_with_a_checkpoint_and_goes_on_when_resumed(tmp_path, monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr("pretrain.training.stop.monotonic", lambda: clock[0])
@@ -95,6 +97,7 @@ def test_after_its_minutes_a_run_stops_with_a_checkpoint_and_goes_on_when_resume
         assert torch.equal(value, _weights(folder)[name]), name
 
 
+@pytest.mark.promise("SIGUSR1 or SIGUSR2 during a training", "a checkpoint after the step in progress")
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
 def test_the_signals_of_slurm_end_a_training_with_a_checkpoint(number, tmp_path):
     outcome = train(_recipe(), folder=tmp_path, progress=_interrupt_at(2, number))
@@ -142,6 +145,7 @@ def test_every_interval_logs_health_prototypes_schedules_and_speed(tmp_path):
     assert all(name.count("/") == 1 for name in metrics)
 
 
+@pytest.mark.promise("NaN in the loss", "metric and step named; last good checkpoint kept")
 def test_a_loss_that_is_not_finite_stops_with_metric_and_step_and_keeps_the_last_good_checkpoint(tmp_path):
     recipe = _recipe("checkpoint.every_steps=1", "runtime.log_every=5", "schedule.epochs=3")
     original = CheckpointFolder.write
@@ -161,6 +165,7 @@ def test_a_loss_that_is_not_finite_stops_with_metric_and_step_and_keeps_the_last
     assert all(torch.isfinite(value).all() for value in payload["student"].values())
 
 
+@pytest.mark.promise("the targets collapse", "named and stopped; exit 4")
 def test_a_collapsed_run_is_named_and_stopped(tmp_path):
     # A teacher so warm that every target is flat.
     recipe = _recipe(
