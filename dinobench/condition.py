@@ -148,12 +148,12 @@ def _sentence(run: RunFolder, status: str, state: RunState, checkpoints: list[Ch
 
 def _progress(run: RunFolder) -> str:
     """How far it came, and when that was written."""
-    points = run.journal.read()
-    if not points:
+    last = run.journal.last()
+    if last is None:
         return ", before its first logged step"
     total = _total_steps(run)
-    age = max(0.0, time.time() - points[-1].time)
-    return f", at step {points[-1].step}{f' of {total}' if total else ''} as of {duration(age)} ago"
+    age = max(0.0, time.time() - last.time)
+    return f", at step {last.step}{f' of {total}' if total else ''} as of {duration(age)} ago"
 
 
 def _total_steps(run: RunFolder) -> int:

@@ -10,12 +10,16 @@ from __future__ import annotations
 import json
 import math
 import operator
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from dinobench.files import not_writable, write_text
 from pretrain.errors import DinobenchError
+
+LAST_BYTES = 2**18
+"""Some hundred lines: room for those that a kill cut short."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +56,27 @@ class Journal:
 
     def read(self) -> list[Point]:
         """All whole lines, in order; one cut short by a kill or damaged later is left out."""
+        points = [_parse(line) for line in self._lines()]
+        return [point for point in points if point is not None]
+
+    def last(self) -> Point | None:
+        """The last whole line. Only the end is read: the file of a long run is large."""
+        points = (_parse(line) for line in reversed(self._lines(LAST_BYTES)))
+        return next((point for point in points if point is not None), None)
+
+    def _lines(self, most: int | None = None) -> list[str]:
+        """The lines in the last `most` bytes, or all."""
         try:
-            content = self.path.read_bytes()
+            with self.path.open("rb") as file:
+                if most is not None:
+                    file.seek(max(0, file.seek(0, os.SEEK_END) - most))
+                content = file.read()
         except FileNotFoundError:
             return []
         except OSError as error:
             raise DinobenchError(f"cannot read {self.path}: {error.strerror}") from error
         # only our own ends of lines: what lies in between may be anything
-        points = [_parse(line) for line in content.decode("utf-8", "replace").split("\n")]
-        return [point for point in points if point is not None]
+        return content.decode("utf-8", "replace").split("\n")
 
     def cut(self, step: int) -> None:
         """Drop what came after `step`: the steps that a resumed training does again."""

@@ -132,8 +132,8 @@ class _Lines:
         if self._last is not None and time.monotonic() - self._last < LINE_SECONDS:
             return
         self._last = time.monotonic()
-        points = self.run.journal.read()
-        step = f"at step {points[-1].step}" if points else "before its first step"
+        last = self.run.journal.last()
+        step = f"at step {last.step}" if last else "before its first step"
         self._say(f"watching {self.run.name}: {step}, {checkpoints} checkpoints evaluated, waiting for the next")
 
 

@@ -169,8 +169,9 @@ def describe(run: Any) -> dict[str, Any]:
         state = run.state()
         scores = {f"{result.suite_name} {result.headline}": result.scores[result.headline] for result in results}
         status, step = describe_status(run), state.step
-        if status in ("running", "killed"):  # run.json gets its step when the training ends
-            step = max((point.step for point in run.journal.read()), default=step)
+        last = run.journal.last()
+        if last and status in ("running", "killed"):  # run.json gets its step when the training ends
+            step = max(step, last.step)
         return {"name": run.name, "status": status, "step": step, "scores": scores}
     except DinobenchError as error:
         return {"name": run.name, "status": "damaged", "step": 0, "scores": {}, "note": str(error)}
