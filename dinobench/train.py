@@ -253,6 +253,9 @@ class _Session:
             self.reporter.warn(f"no figures: {error}")
 
     def _log(self, metrics: dict[str, float], step: int) -> None:
+        """Note a point. On a slow disk a step that logs waits for this one append, one that writes a checkpoint for its
+        file, and every few seconds one for a line of train.log; all others touch no file.
+        """
         point = self.run.journal.append(metrics, step)
         if self.mirror:
             self.mirror.log(point)
