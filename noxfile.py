@@ -110,6 +110,23 @@ def loss_curve(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend=BACKEND, default=False)
+def faults(session: nox.Session) -> None:
+    """Break things on purpose (20 minutes on 2 cores) and write results/reliability.md; `-- --kills 20`, `-- -k disk`.
+
+    With arguments the report goes to the session's temporary folder: part of the tests is no record.
+    """
+    _install_project(session)
+    folder = Path(session.create_tmp()).absolute()
+    record = folder / "reliability.json"
+    output = folder if session.posargs else ROOT / "results"
+    record.unlink(missing_ok=True)
+    codes = range(2)  # 1: a test failed; the report says which, and fails in its turn
+    options = ("-m", "faults or promise", "--numprocesses=2", "--reliability", str(record), *session.posargs)
+    session.run(sys.executable if HERE else "python", "-m", "pytest", *options, external=HERE, success_codes=codes)
+    _python(session, "tests/faults/report.py", str(record), "--output", str(output / "reliability.md"))
+
+
+@nox.session(venv_backend=BACKEND, default=False)
 def reproduce_tables(session: nox.Session) -> None:
     """Train what the papers' tables lack and write them; `-- --dry-run` lists it, `-- --only dino_table7`."""
     _install_project(session)

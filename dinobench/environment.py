@@ -27,11 +27,13 @@ def code_commit() -> dict[str, Any]:
     return {"commit": commit, "dirty": bool(changes)} if commit else {}
 
 
-def describe(command: str, device: str, time: str, resumed_at: int | None) -> dict[str, Any]:
+def describe(command: str, device: str, time: str, resumed_at: int | None, ranks: int = 1) -> dict[str, Any]:
     """One entry of environment.json."""
     return {
         "time": time,
         "command": command,
+        "folder": str(Path.cwd()),
+        "ranks": ranks,
         "resumed_at_step": resumed_at,
         "device": device,
         "cpu_count": os.cpu_count(),

@@ -148,14 +148,18 @@ class _Work:
                     return
                 if not mine:
                     continue
-                result = self._stored(suite)
+                try:
+                    result = self._stored(suite)
+                except DinobenchError as error:  # damaged; the other suites are not
+                    self._fail(suite, error)
+                    continue
                 if result is None:
                     model = model or self._load()
                     result = self._measured(suite, model)
                 if result is not None:
                     self._found[suite.id] = result
                     self._record(result)
-                self._left.remove(suite)
+                    self._left.remove(suite)
 
     def _load(self) -> LoadedModel:
         model = self.settings.loading.load(self.checkpoint)
@@ -201,8 +205,12 @@ class _Work:
         try:
             return _measure(self.checkpoint, suite, model, self.settings, self._store, self._say, self._left)
         except DinobenchError as error:
-            self.failures.append(Failure(suite.id, self.checkpoint, str(error)))
+            self._fail(suite, error)
             return None
+
+    def _fail(self, suite: Suite, error: DinobenchError) -> None:
+        self.failures.append(Failure(suite.id, self.checkpoint, str(error)))
+        self._left.remove(suite)
 
 
 def missing(checkpoints: Sequence[Path], suites: Sequence[Suite], settings: Evaluation) -> bool:

@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import json
 import math
+import operator
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from dinobench.files import not_writable, write_text
+from pretrain.errors import DinobenchError
+
+LAST_BYTES = 2**18
+"""Some hundred lines: room for those that a kill cut short."""
 
 
 @dataclass(frozen=True)
@@ -49,18 +55,28 @@ class Journal:
         return point
 
     def read(self) -> list[Point]:
-        """All whole lines, in order; a last line cut short by a kill is left out."""
-        if not self.path.is_file():
+        """All whole lines, in order; one cut short by a kill or damaged later is left out."""
+        points = [_parse(line) for line in self._lines()]
+        return [point for point in points if point is not None]
+
+    def last(self) -> Point | None:
+        """The last whole line. Only the end is read: the file of a long run is large."""
+        points = (_parse(line) for line in reversed(self._lines(LAST_BYTES)))
+        return next((point for point in points if point is not None), None)
+
+    def _lines(self, most: int | None = None) -> list[str]:
+        """The lines in the last `most` bytes, or all."""
+        try:
+            with self.path.open("rb") as file:
+                if most is not None:
+                    file.seek(max(0, file.seek(0, os.SEEK_END) - most))
+                content = file.read()
+        except FileNotFoundError:
             return []
-        points = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-                metrics = {key: math.nan if value is None else value for key, value in entry["metrics"].items()}
-                points.append(Point(entry["step"], entry["time"], metrics))
-            except (ValueError, KeyError, TypeError):
-                continue
-        return points
+        except OSError as error:
+            raise DinobenchError(f"cannot read {self.path}: {error.strerror}") from error
+        # only our own ends of lines: what lies in between may be anything
+        return content.decode("utf-8", "replace").split("\n")
 
     def cut(self, step: int) -> None:
         """Drop what came after `step`: the steps that a resumed training does again."""
@@ -71,3 +87,13 @@ class Journal:
         """Steps and values of one metric."""
         points = [(point.step, point.metrics[key]) for point in self.read() if key in point.metrics]
         return [step for step, _ in points], [value for _, value in points]
+
+
+def _parse(line: str) -> Point | None:
+    """The point in a line; None where there is no whole one."""
+    try:
+        entry = json.loads(line)
+        metrics = {key: math.nan if value is None else float(value) for key, value in entry["metrics"].items()}
+        return Point(operator.index(entry["step"]), float(entry["time"]), metrics)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return None

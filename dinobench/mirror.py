@@ -125,12 +125,19 @@ class Mirror:
             self._serve(store, run_id, known)
         except Exception as error:  # whatever it is, the training goes on
             self.failure = str(error) or type(error).__name__
+            self._forget()
             self._warn(
                 f"MLflow is out of reach: {self.failure}. The run goes on and keeps everything in {self.run.path}; "
                 f"`dinobench runs sync {self.run.path}` logs it later"
             )
         finally:
             self._connected.set()
+
+    def _forget(self) -> None:
+        """Drop what waits; it is in the run folder."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()
 
     def _serve(self, store: Store, run_id: str, known: set[tuple[str, int]]) -> None:
         waiting: list[Point] = []
@@ -145,6 +152,8 @@ class Mirror:
             due = time.monotonic() - flushed >= FLUSH_SECONDS or len(waiting) >= FLUSH_POINTS
             if due or not isinstance(item, Point):
                 store.log_points(run_id, waiting, known)
+                if waiting:  # points come by their steps, so what lies before these cannot come again
+                    known.difference_update([entry for entry in known if entry[1] < waiting[-1].step])
                 waiting, flushed = [], time.monotonic()
             if isinstance(item, Result):
                 log_result(store, self.run.path, item, self.run)
@@ -269,7 +278,7 @@ def sync(run: RunFolder, uri: str) -> dict[str, str]:
     store.describe(run_id, run_description(run, ResultStore(run.path).all()))
     store.log_files(run_id, sorted(run.figures.glob("*.png")), "figures")
     if status != "running":
-        close_pretraining(store, run_id, status, points[-1].time if points else None)
+        close_pretraining(store, run_id, status, max((point.time for point in points), default=None))
         with contextlib.suppress(DinobenchError):  # of someone else, we may only read it
             run.update(mirrored=True)
     return pages(store, run_id)

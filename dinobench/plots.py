@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dinobench.files import write_bytes
 from dinobench.journal import Journal
 
 if TYPE_CHECKING:
@@ -98,10 +100,15 @@ def set_title(figure: Figure, text: str) -> None:
 
 
 def save(figure: Figure, file: Path) -> Path:
-    """Write a figure in the format of the file's suffix; drawn twice, an SVG is the same file."""
+    """Write a figure in the format of the file's suffix; drawn twice, an SVG is the same file.
+
+    Raises:
+        DinobenchError: the file cannot be written.
+    """
     import matplotlib
 
-    file.parent.mkdir(parents=True, exist_ok=True)
+    content, kind = io.BytesIO(), file.suffix.removeprefix(".") or "png"
     with matplotlib.rc_context({"svg.hashsalt": "dinobench"}):
-        figure.savefig(file, dpi=120, metadata={"Date": None} if file.suffix == ".svg" else None)
+        figure.savefig(content, format=kind, dpi=120, metadata={"Date": None} if kind == "svg" else None)
+    write_bytes(file, content.getvalue())
     return file

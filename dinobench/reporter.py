@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,12 +22,21 @@ SHOWN_WAIT = 0.1
 LINE_SECONDS = 5.0
 """Between two progress lines where there is no terminal: Rich would show nothing until the end."""
 
+LOG_BYTES = 10 * 2**20
+"""Of train.log, a week of progress lines; then it becomes train.log.1, in place of an earlier one."""
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Rich would end the process."""
+        raise BrokenPipeError(errno.EPIPE, "broken pipe")
+
 
 class Reporter:
     """Prints messages and progress: a bar on a terminal, plain lines elsewhere. `silent` for ranks other than 0."""
 
     def __init__(self, *, silent: bool = False, every: float = LINE_SECONDS):
-        self.console = Console(stderr=True, quiet=silent, highlight=False, soft_wrap=True)
+        self.console = _Console(stderr=True, quiet=silent, highlight=False, soft_wrap=True)
         self._silent, self._every = silent, every
         self._file: Path | None = None
         self._last_line = -math.inf
@@ -36,27 +48,42 @@ class Reporter:
 
     def say(self, text: str) -> None:
         self._write(text)
-        self.console.print(text, markup=False)
+        self._print(text)
 
     def warn(self, text: str) -> None:
         self._write(f"warning: {text}")
-        self.console.print(f"warning: {text}", markup=False, style="bold yellow")
+        self._print(f"warning: {text}", style="bold yellow")
 
     def progress(self, progress: Progress) -> None:
         """Show where the training stands; called after every step, so it is cheap when nothing is due."""
         due = time.monotonic() - self._last_line >= self._every or progress.step == progress.total_steps
-        if self.console.is_terminal:
-            self._update_bar(progress)
+        if self.console.is_terminal and not self.console.quiet:
+            with self._while_there():
+                self._update_bar(progress)
         if due and not self._silent:
             self._last_line = time.monotonic()
             self._write(progress_line(progress))
             if not self.console.is_terminal:
-                self.console.print(progress_line(progress), markup=False)
+                self._print(progress_line(progress))
 
     def close_bar(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with self._while_there():
+                self._bar.stop()
             self._bar = None
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        with self._while_there():
+            self.console.print(text, markup=False, style=style)
+
+    @contextmanager
+    def _while_there(self) -> Iterator[None]:
+        """Whoever listens may go: a terminal is closed, `| tee` dies. The work goes on, and train.log goes on."""
+        try:
+            yield
+        except OSError as error:
+            self.console.quiet = True
+            self._write(f"nobody reads stderr any more ({error.strerror}); messages go on here")
 
     def _update_bar(self, progress: Progress) -> None:
         if self._bar is None:
@@ -78,6 +105,9 @@ class Reporter:
         try:
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+                full = file.tell() >= LOG_BYTES
+            if full:
+                self._file.replace(self._file.with_name(f"{self._file.name}.1"))
         except OSError as error:
             self._file = None
             self.warn(f"train.log cannot be written any more ({error.strerror}); messages go on here")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dinobench.files import make_folder, not_writable, read_json, slug, write_json
+from dinobench.files import make_folder, read_json, slug, write_bytes, write_json
 from pretrain.errors import DinobenchError
 
 if TYPE_CHECKING:
@@ -193,12 +192,6 @@ def plain(value: Any) -> Any:
 
 
 def _write_parquet(path: Path, frame: pd.DataFrame) -> None:
-    make_folder(path.parent)
     content = io.BytesIO()
     frame.to_parquet(content, index=False)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content.getvalue())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise not_writable(path, error) from error
+    write_bytes(path, content.getvalue())

@@ -36,7 +36,10 @@ if TYPE_CHECKING:
     from pretrain.training.recipe import Recipe
 
 LOCK_SECONDS = 1.0
-"""A watching evaluator holds the lock for a moment when it looks whether anyone else does (`is_held`)."""
+"""Who looks whether anyone holds the lock holds it for a moment (`is_held`)."""
+LOOK_SECONDS = 0.2
+"""For the same reason: two who look at once must not take each other for the run."""
+_REWRITE = "remove it and start the same command with --resume, which writes it again"
 Status = Literal["running", "interrupted", "finished", "collapsed", "failed"]
 
 
@@ -99,6 +102,10 @@ class RunFolder:
         return self.path / ".cell.json"
 
     @property
+    def _holder_file(self) -> Path:
+        return self.path / ".holder"
+
+    @property
     def journal(self) -> Journal:
         return Journal(self.path / "metrics.jsonl")
 
@@ -110,7 +117,10 @@ class RunFolder:
         try:
             return RunState.model_validate(read_json(self.state_file))
         except ValidationError as error:
-            raise DinobenchError(f"{self.state_file} was altered: {error.error_count()} fields are wrong") from error
+            raise DinobenchError(
+                f"{self.state_file} was altered: {error.error_count()} fields are wrong; move it away, then --resume "
+                "goes on from the checkpoint"
+            ) from error
 
     def update(self, **changes: Any) -> RunState:
         """Change fields of run.json, atomically."""
@@ -124,23 +134,33 @@ class RunFolder:
 
         try:
             recipe = yaml.safe_load(self.recipe_file.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise DinobenchError(f"cannot read {self.recipe_file}: it is missing or damaged") from error
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            raise DinobenchError(f"cannot read {self.recipe_file}: it is missing or damaged; {_REWRITE}") from error
         if not isinstance(recipe, dict):
-            raise DinobenchError(f"{self.recipe_file} is not a recipe")
+            raise DinobenchError(f"{self.recipe_file} is not a recipe: it was altered or damaged; {_REWRITE}")
         return recipe
 
     def kept_checkpoints(self) -> list[Path]:
-        """The kept checkpoints, oldest first; last.pt alone when there is no other."""
-        numbered = sorted(self.checkpoints.glob("step=*.pt"), key=lambda path: int(path.stem.partition("=")[2]))
+        """The kept checkpoints, oldest first; last.pt alone when there is no other. Other names are not ours."""
+        found = [path for path in self.checkpoints.glob("step=*.pt") if path.stem.partition("=")[2].isdecimal()]
+        numbered = sorted(found, key=lambda path: int(path.stem.partition("=")[2]))
         return numbered or [path for path in (self.last_checkpoint,) if path.is_file()]
 
     def cell(self) -> str | None:
         """The cell of a table that this run was made for, if it was."""
         return read_json(self.cell_file)["key"] if self.cell_file.is_file() else None
 
+    def starts(self) -> list[dict[str, Any]]:
+        """environment.json: machine, versions, commit and command of every start, the oldest first."""
+        file = self.path / "environment.json"
+        document = read_json(file) if file.is_file() else {"starts": []}
+        starts = document.get("starts") if isinstance(document, dict) else None
+        if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
+            raise DinobenchError(f"{file} was altered or damaged: it has no list of starts; move it away")
+        return starts
+
     def create(self, recipe: Recipe) -> None:
-        """Fill a new folder. run.json comes last: a folder without it was never started."""
+        """Fill a new folder. run.json comes last: a folder without it was never started, or has lost it."""
         for folder in (self.checkpoints, self.figures, self.path / "evals", self.path / "samples"):
             make_folder(folder)
         write_text(self.recipe_file, recipe.to_yaml())
@@ -148,15 +168,20 @@ class RunFolder:
 
     def started(self, environment: dict[str, Any]) -> RunState:
         """Note a start: in run.json who runs it now, in environment.json on what."""
-        file = self.path / "environment.json"
-        earlier = read_json(file)["starts"] if file.is_file() else []
-        write_json(file, {"starts": [*earlier, environment]})
+        write_json(self.path / "environment.json", {"starts": [*self.starts(), environment]})
         return self.update(status="running", process=_this_process(), note="", mirrored=False)
+
+    def holder(self) -> str:
+        """<host>:<process id> of who locked the folder last."""
+        try:
+            return self._holder_file.read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            return "?"
 
     def is_held(self) -> bool:
         """Whether a process works in this folder now; one that we may only read counts as free."""
         try:
-            with FileLock(self.path / ".lock", timeout=0):
+            with FileLock(self.path / ".lock", timeout=LOOK_SECONDS):
                 return False
         except Timeout:
             return True
@@ -165,7 +190,7 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Only one process works in a run folder. The system frees the lock of a killed process.
+        """Only one process works in a run folder; `holder` says which. The system frees the lock of a killed process.
 
         Raises:
             DinobenchError: another process holds it, or we may not write there.
@@ -174,23 +199,36 @@ class RunFolder:
         try:
             lock.acquire(timeout=LOCK_SECONDS)
         except Timeout:
-            holder = self.state().process if self.exists else "?"
             raise DinobenchError(
-                f"another process ({holder}) is working on {self.path}: wait for it, or start a second run with --new"
+                f"another process ({self.holder()}) is working on {self.path}: wait for it (`dinobench runs show "
+                f"{self.path}` says how far it is), or start a second run with --new"
             ) from None
         except OSError as error:
             raise not_writable(self.path, error) from error
         try:
+            write_text(self._holder_file, _this_process())
             yield
         finally:
             lock.release()
 
 
 def find_run(recipe: Recipe, output: Path, *, new: bool = False) -> RunFolder:
-    """The folder of this recipe under `output`: the latest of its runs, or a number not yet taken.
+    """The folder of this recipe under `output`, see `locate_run`; made where it is not there.
 
     Raises:
         DinobenchError: `output` is a run folder itself, the folder holds another recipe, or we may not write there.
+    """
+    run = locate_run(recipe, output, new=new)
+    make_folder(run.path)
+    _refuse_other_recipe(run, recipe)
+    return run
+
+
+def locate_run(recipe: Recipe, output: Path, *, new: bool = False) -> RunFolder:
+    """Where a start of this recipe works: the latest of its runs, or a number not yet taken. Nothing is made.
+
+    Raises:
+        DinobenchError: `output` is a run folder itself.
     """
     if (output / "recipe.yaml").is_file():
         raise DinobenchError(
@@ -202,10 +240,8 @@ def find_run(recipe: Recipe, output: Path, *, new: bool = False) -> RunFolder:
     while (output / _numbered(name, number + 1)).exists():
         number += 1
     run = RunFolder(output / _numbered(name, number))
-    if new and run.exists:
+    if new and (run.exists or run.kept_checkpoints()):
         run = RunFolder(output / _numbered(name, number + 1))
-    make_folder(run.path)
-    _refuse_other_recipe(run, recipe)
     return run
 
 
@@ -213,12 +249,17 @@ def _refuse_other_recipe(run: RunFolder, recipe: Recipe) -> None:
     from pretrain.training.recipe import recipe_hash
 
     if run.recipe_file.is_file():
-        found = recipe_hash(run.recipe())[:8]
+        try:
+            found = recipe_hash(run.recipe())[:8]
+        except (AttributeError, TypeError):  # a section that is none, a value that JSON does not have
+            found = "none"
         if found != recipe.identity:
             raise DinobenchError(
                 f"{run.path} holds another recipe (id {found}, this one is {recipe.identity}): "
                 "its recipe.yaml was changed; choose another --output or move the folder away"
             )
+    elif run.exists or run.kept_checkpoints():
+        return  # its recipe.yaml is lost and will be written again: the name of the folder says which recipe it was
     elif strangers := sorted(path.name for path in run.path.iterdir() if not path.name.startswith(".")):
         known = {"checkpoints", "figures", "evals", "samples"}
         if set(strangers) - known:

@@ -15,6 +15,7 @@ import contextlib
 import importlib
 import logging
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -209,8 +210,10 @@ class Store:
     def finish(self, run_id: str, status: str, ended: float | None = None) -> None:
         """Close a run: FINISHED, FAILED or KILLED; at a time in seconds, or now. A run closed so is left as it is."""
         with as_unavailable(self.uri):
-            if self.client.get_run(run_id).info.status != status:
-                self.client.set_terminated(run_id, status, round(ended * 1000) if ended else None)
+            run = self.client.get_run(run_id).info
+            if run.status != status:
+                end = round((ended or time.time()) * 1000)
+                self.client.set_terminated(run_id, status, max(end, run.start_time))  # a clock may be set back
 
     def links(self, base: str, *, everything: bool = False) -> dict[str, str]:
         """Pages worth opening, below the address of a server: of what was logged here, or of all there is."""

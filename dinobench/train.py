@@ -5,14 +5,17 @@ The loop knows nothing of all this: it gets `log` and `progress` and gives back 
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dinobench import environment, plots, tracking
-from dinobench.evaluate import Evaluation, Failure, evaluate, missing
+from dinobench.condition import refuse_unfinished
+from dinobench.evaluate import Evaluation, Failure, evaluate_all, missing
+from dinobench.files import write_text
 from dinobench.mirror import Mirror
 from dinobench.results import Result
 from dinobench.runs import RunFolder, RunState, find_run, now
@@ -137,19 +140,16 @@ def _claim(recipe: Recipe, request: Request, held: ExitStack) -> _Job:
     """Find and lock the run folder, and decide what there is to do in it."""
     run = find_run(recipe, request.output, new=request.new)
     held.enter_context(run.lock())
-    if not run.exists:
-        run.create(recipe)
-        return _Job(run.path, train=True, resume=False)
-    state = run.state()
-    if state.status == "finished":
-        return _Job(run.path, train=False, resume=False)
     if not request.resume:
-        status = "was killed" if state.status == "running" else f"is {state.status}"
-        raise DinobenchError(
-            f"{run.path} holds an unfinished run of this recipe (it {status}): continue it with --resume, "
-            "or start another with --new"
-        )
-    return _Job(run.path, train=True, resume=True)
+        refuse_unfinished(run, ours=True)
+    if not run.exists:
+        started = bool(run.kept_checkpoints())
+        run.create(recipe)
+        return _Job(run.path, train=True, resume=started)
+    if not run.recipe_file.is_file():
+        write_text(run.recipe_file, recipe.to_yaml())
+    unfinished = run.state().status != "finished"
+    return _Job(run.path, train=unfinished, resume=unfinished)
 
 
 class _Session:
@@ -163,11 +163,14 @@ class _Session:
         """Train if there is something to train, evaluate if it finished, draw, and bring MLflow up to date."""
         results: list[Result] = []
         failures: list[Failure] = []
-        first = checkpoint_step(self.run.last_checkpoint) if job.resume else 0
+        first = self._first_step() if job.resume else 0
         if job.train:
             self.run.journal.cut(first)
             resumed = first if job.resume else None
-            self.run.started(environment.describe(self.request.command, str(self.runtime.device), now(), resumed))
+            facts = environment.describe(
+                self.request.command, str(self.runtime.device), now(), resumed, self.runtime.world_size
+            )
+            self.run.started(facts)
         self._start_mirror()
         try:
             if job.train:
@@ -176,12 +179,27 @@ class _Session:
                 self._train(job)
             elif self.mirror:  # a kill after the training may have left the MLflow run open
                 self.mirror.finish(self.run.state().status)
-            draw_figures(self.run)
+            self._draw()
             if self.run.state().status == "finished":
                 results, failures = _evaluate(self.run, suites, settings, self.mirror, self.reporter.say)
         finally:
             links = self._stop_mirror()
         return Summary(self.run, self.run.state(), job.train, results, failures, links)
+
+    def _first_step(self) -> int:
+        """Where a resumed training goes on.
+
+        Raises:
+            DinobenchError: every checkpoint is damaged.
+        """
+        from pretrain.training.checkpoints import CheckpointFolder, damage_of
+
+        start = CheckpointFolder(self.run.checkpoints, writes=False).resume_from()
+        last = self.run.last_checkpoint
+        if start is not None and start != last:
+            reason = damage_of(last) if last.is_file() else f"there is no {last}"
+            self.reporter.warn(f"{reason}; going on from {start.name}, the newest checkpoint that is whole")
+        return checkpoint_step(start) if start else 0
 
     def _train(self, job: _Job) -> None:
         from pretrain.training.loop import train
@@ -205,6 +223,9 @@ class _Session:
         except KeyboardInterrupt:
             status, note = "interrupted", "SIGINT"
             raise
+        except SystemExit as error:  # of the handler outside the loop: before its first step, or after its last
+            status, note = "interrupted", _signal_name(error)
+            raise
         except CheckFailed as error:
             status, note = "collapsed", str(error)
             raise
@@ -213,11 +234,30 @@ class _Session:
             raise
         finally:
             self.reporter.close_bar()
-            self.run.update(status=status, note=note, **done)
             if self.mirror:
                 self.mirror.finish(status)
+            self._note(ended_well=bool(done), status=status, note=note, **done)
+
+    def _note(self, *, ended_well: bool, **changes: Any) -> None:
+        """Write how the training ended to run.json; where that fails too, what ended it is told, not this."""
+        try:
+            self.run.update(**changes)
+        except DinobenchError as error:
+            if ended_well:
+                raise
+            self.reporter.warn(str(error))
+
+    def _draw(self) -> None:
+        """The figures; a training does not fail for them."""
+        try:
+            draw_figures(self.run)
+        except DinobenchError as error:
+            self.reporter.warn(f"no figures: {error}")
 
     def _log(self, metrics: dict[str, float], step: int) -> None:
+        """Note a point. On a slow disk a step that logs waits for this one append, one that writes a checkpoint for its
+        file, and every few seconds one for a line of train.log; all others touch no file.
+        """
         point = self.run.journal.append(metrics, step)
         if self.mirror:
             self.mirror.log(point)
@@ -241,24 +281,21 @@ class _Session:
 def _evaluate(
     run: RunFolder, suites: Sequence[Suite], settings: Evaluation, mirror: Mirror | None, say: Callable[[str], None]
 ) -> tuple[list[Result], list[Failure]]:
-    """All suites on every kept checkpoint, the oldest first."""
-    results: list[Result] = []
-    failures: list[Failure] = []
-    for checkpoint in run.kept_checkpoints() if suites else []:
-        done, failed = evaluate(checkpoint, suites, settings, say)
-        results += done
-        failures += failed
-        for result in done:
-            if mirror:
-                mirror.result(result)
-    return results, failures
+    """All suites on every kept checkpoint, the oldest first; one that cannot be read does not stop the others."""
+    record = mirror.result if mirror else (lambda result: None)
+    return evaluate_all(run.kept_checkpoints() if suites else [], suites, settings, say, record)
+
+
+def _signal_name(error: SystemExit) -> str:
+    number = int(error.code or 0) - 128
+    return signal.Signals(number).name if number in signal.valid_signals() else str(error)
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """The training step of a checkpoint; 0 where there is none yet."""
-    from pretrain.models.checkpoint import read
+    """The training step of a checkpoint."""
+    from pretrain.models.checkpoint_file import read_own
 
-    return int(read(checkpoint)["step"]) if checkpoint.is_file() else 0
+    return read_own(checkpoint)["step"]
 
 
 def draw_figures(run: RunFolder) -> None:

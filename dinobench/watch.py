@@ -6,7 +6,6 @@ it. A run has ended when run.json says so, or when its process is gone: then nob
 
 from __future__ import annotations
 
-import shlex
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -14,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dinobench.condition import resume_command
 from dinobench.evaluate import Evaluation, Failure, Say, evaluate_all
-from dinobench.files import read_json
 from dinobench.results import Result
 from dinobench.runs import RunFolder, describe_status
 from pretrain.errors import DinobenchError
@@ -133,8 +132,8 @@ class _Lines:
         if self._last is not None and time.monotonic() - self._last < LINE_SECONDS:
             return
         self._last = time.monotonic()
-        points = self.run.journal.read()
-        step = f"at step {points[-1].step}" if points else "before its first step"
+        last = self.run.journal.last()
+        step = f"at step {last.step}" if last else "before its first step"
         self._say(f"watching {self.run.name}: {step}, {checkpoints} checkpoints evaluated, waiting for the next")
 
 
@@ -167,13 +166,5 @@ def _advice(run: RunFolder, status: str) -> str:
     note = run.state().note
     return (
         f"{run.name} {ended}{f' ({note})' if note else ''}. Its kept checkpoints are evaluated; continue it with "
-        f"`{_resume_command(run)}` and start this watch again for those to come"
+        f"`{resume_command(run)}` and start this watch again for those to come"
     )
-
-
-def _resume_command(run: RunFolder) -> str:
-    """The command that started the run, with --resume."""
-    file = run.path / "environment.json"
-    starts = read_json(file)["starts"] if file.is_file() else []
-    words = shlex.split(starts[-1]["command"]) if starts else ["dinobench", "pretrain", str(run.recipe_file)]
-    return shlex.join([*(word for word in words if word not in ("--resume", "--new")), "--resume"])

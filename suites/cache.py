@@ -5,17 +5,22 @@
     <folder>/locks/ab.lock                     one lock per first two digits of the key
 
 A key is a hash of everything the value depends on, so an entry is never out of date, only unused: the folder is kept
-under `max_bytes` by removing the features that were read longest ago. Files are written under a temporary name and
+under `max_bytes` (`DINOBENCH_CACHE_GB`) by removing the features that were read longest ago. Who reads an entry that is
+removed keeps what it has mapped; between machines that share the folder only where their file system keeps open files
+of others, which NFS does not: give each machine a folder of its own there. Files are written under a temporary name and
 renamed; a reader sees a whole file or none, and maps it into memory. Two processes that want the same features compute
 them once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import secrets
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,15 +29,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pretrain.errors import UsageError
 from suites.rows import checksum
 
-MAX_BYTES = 20 * 2**30
-"""Default bound, 20 GiB: ImageNet features of four ViT-S checkpoints with 4 blocks and mean patch token."""
+MAX_GB = 20.0
+"""Default bound in GiB: ImageNet features of four ViT-S checkpoints with 4 blocks and mean patch token."""
 ABANDONED_SECONDS = 24 * 3600
 """A file that nobody has written to for so long is what a killed process has left."""
 
@@ -43,8 +49,29 @@ def content_key(**parts: Any) -> str:
 
 
 def default_folder() -> Path:
-    """`DINOBENCH_CACHE`, else ~/.cache/dinobench."""
-    return Path(os.environ.get("DINOBENCH_CACHE") or Path.home() / ".cache" / "dinobench")
+    """`DINOBENCH_CACHE`, else ~/.cache/dinobench; below the temporary folder for a user who has no home."""
+    if named := os.environ.get("DINOBENCH_CACHE"):
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "dinobench"
+    except RuntimeError:  # an unlisted user in a container
+        return Path(tempfile.gettempdir()) / f"dinobench-{os.getuid()}"
+
+
+def default_max_bytes() -> int:
+    """`DINOBENCH_CACHE_GB` in GiB, else 20.
+
+    Raises:
+        UsageError: it is no positive number.
+    """
+    text = os.environ.get("DINOBENCH_CACHE_GB") or str(MAX_GB)
+    try:
+        size = float(text)
+    except ValueError:
+        size = math.nan
+    if not 0 < size < math.inf:
+        raise UsageError(f"DINOBENCH_CACHE_GB={text!r}: expected the largest size of the cache in GiB, like 50 or 0.5")
+    return int(size * 2**30)
 
 
 @dataclass(frozen=True)
@@ -57,11 +84,11 @@ class Entry:
 
 
 class FeatureCache:
-    """See the module. `folder` defaults to `default_folder()`."""
+    """See the module. The arguments default to `default_folder()` and `default_max_bytes()`."""
 
-    def __init__(self, folder: Path | None = None, *, max_bytes: int = MAX_BYTES):
+    def __init__(self, folder: Path | None = None, *, max_bytes: int | None = None):
         self.folder = folder or default_folder()
-        self.max_bytes = max_bytes
+        self.max_bytes = default_max_bytes() if max_bytes is None else max_bytes
 
     def get_or_compute(self, key: str, compute: Callable[[], tuple[dict[str, Tensor], dict[str, str]]]) -> Entry:
         """The entry under `key`, computed by at most one process at a time and stored.
@@ -116,22 +143,22 @@ class FeatureCache:
     def read(self, key: str, accept: Callable[[dict[str, str]], bool] = lambda metadata: True) -> Entry | None:
         """The entry, or None. A damaged one is removed with a warning."""
         path = self._path("features", key, ".safetensors")
-        if not path.exists():
-            return None
         try:
+            if not path.exists():
+                return None
             tensors, metadata = _open(path)
             stated = metadata.pop("checksum", "")
             if not accept(metadata):
                 return None
             if stated != checksum(tensors):
                 raise ValueError("its checksum does not match")
-            os.utime(path)  # read now: last to be removed
         except FileNotFoundError:
             return None  # removed by another process meanwhile
         except (SafetensorError, ValueError, OSError) as error:
-            warnings.warn(f"damaged cache entry {path} is removed and computed again ({error})", stacklevel=2)
-            path.unlink(missing_ok=True)
+            _remove_damaged(path, error)
             return None
+        with contextlib.suppress(OSError):  # of another user, or on a disk that is read-only
+            os.utime(path)  # read now: last to be removed
         return Entry(tensors, metadata, from_cache=True)
 
     def read_scores(self, key: str) -> dict[str, float] | None:
@@ -140,11 +167,10 @@ class FeatureCache:
         try:
             stored = json.loads(path.read_text())
             return {str(name): float(value) for name, value in stored.items()}
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        except (ValueError, AttributeError, TypeError, OSError) as error:
-            warnings.warn(f"damaged cache entry {path} is removed and computed again ({error})", stacklevel=2)
-            path.unlink(missing_ok=True)
+        except (ValueError, AttributeError, TypeError, RecursionError, OSError) as error:
+            _remove_damaged(path, error)
             return None
 
     def write_scores(self, key: str, scores: dict[str, float]) -> None:
@@ -173,7 +199,7 @@ class FeatureCache:
     def _evict(self, keep: Path) -> None:
         """Remove the features read longest ago until the rest fits; the one just written stays."""
         with self._lock("evict"):
-            for modified, _, path in self._files("*/.writing-*"):
+            for modified, _, path in self._files("*/.*"):  # also what safetensors calls a file until it is whole
                 if time.time() - modified > ABANDONED_SECONDS:
                     path.unlink(missing_ok=True)
             features = sorted(self._features())
@@ -181,9 +207,26 @@ class FeatureCache:
             for _, size, path in features:
                 if total <= self.max_bytes:
                     break
-                if path != keep:
-                    path.unlink(missing_ok=True)
+                if path != keep and self._remove(path, keep.parent.name):
                     total -= size
+
+    def _remove(self, path: Path, ours: str) -> bool:
+        """Remove an entry, unless a process holds its lock: it may have just written it and not opened it yet.
+
+        Args:
+            ours: name of the lock that we hold.
+        """
+        lock = FileLock(self.folder / "locks" / f"{path.parent.name}.lock")
+        try:
+            if path.parent.name != ours:
+                lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        try:
+            path.unlink(missing_ok=True)
+        finally:
+            lock.release()
+        return True
 
     def _features(self) -> Iterator[tuple[float, int, Path]]:
         return self._files("*/*.safetensors")
@@ -216,6 +259,12 @@ class FeatureCache:
         return self.folder / kind / key[:2] / f"{key}{suffix}"
 
 
+def _remove_damaged(path: Path, error: Exception) -> None:
+    warnings.warn(f"damaged cache entry {path} is removed and computed again ({error})", stacklevel=3)
+    with contextlib.suppress(OSError):  # a read-only disk; or there is no such folder, a file is in its place
+        path.unlink()
+
+
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors, mapped into memory, and metadata of a file."""
     with safe_open(path, framework="pt") as file:
@@ -243,5 +292,5 @@ def _tolerate_full_disk(folder: Path) -> Iterator[None]:
     """A cache that cannot be written costs time, not the result."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has one class for all of its failures
         warnings.warn(f"the cache {folder} could not be written ({error}); set DINOBENCH_CACHE", stacklevel=4)

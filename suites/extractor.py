@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from pretrain.errors import DinobenchError, UsageError
+from pretrain.faults import workers_told
 from pretrain.models.checkpoint import LoadedModel
 from suites.cache import Entry, FeatureCache, content_key
-from suites.passes import Precision, Progress, default_workers
+from suites.memory import InHalves
+from suites.passes import WORKER_ADVICE, Precision, Progress, default_workers
 from suites.places import ImageFiles
 
 FORMAT = 1
@@ -63,7 +65,8 @@ class Extractor:
             made_by: plain values that say what these two do; part of the cache key.
 
         Raises:
-            DinobenchError: an image cannot be decoded, or a descriptor is not finite.
+            DinobenchError: an image cannot be decoded or does not fit in memory, a process that decodes was killed, or
+                a descriptor is not finite.
             UsageError: the backbone does not take images of this shape.
         """
 
@@ -122,11 +125,13 @@ class Extractor:
         found: dict[int, Tensor] = {}
         number = default_workers(len(images)) if self.workers is None else self.workers
         inputs = DataLoader(_Prepared(images, prepare), batch_size=None, num_workers=number)
-        for numbers, batch in group_by_shape(inputs, self.batch_size):
-            values = self._apply(backbone, describe, batch).float().cpu()
-            found.update(zip(numbers, values, strict=True))
-            if self.progress is not None:
-                self.progress(f"features of {images.benchmark} {images.role}", len(found), len(images))
+        apply = InHalves()
+        with workers_told(WORKER_ADVICE):
+            for numbers, batch in group_by_shape(inputs, self.batch_size):
+                values = apply(lambda part: self._apply(backbone, describe, part).float().cpu(), batch)
+                found.update(zip(numbers, values, strict=True))
+                if self.progress is not None:
+                    self.progress(f"features of {images.benchmark} {images.role}", len(found), len(images))
         descriptors = torch.stack([found[i] for i in range(len(images))]).clone()
         bad = (~torch.isfinite(descriptors).all(1)).nonzero().flatten()
         if len(bad):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pretrain.data.datasets import ImageSet, open_dataset
 from pretrain.errors import DinobenchError, UsageError
+from pretrain.faults import out_of_memory_told
 from pretrain.models.checkpoint import LoadedModel
 from pretrain.packages import installed_versions
 from suites.baselines import BenchmarkSetting, Setting, measure_baselines, measure_benchmark_baselines
@@ -90,7 +91,7 @@ def measure(
 
     Raises:
         DinobenchError: labels missing, one class only, classes that differ between the splits, features not finite,
-            too many unreadable images.
+            too many unreadable images, no memory.
         UsageError: the suite leaves its data set open and `data` is not given.
     """
     started = time.monotonic()
@@ -100,11 +101,12 @@ def measure(
     options: dict[str, Any] = {"cache": cache, "precision": precision, "batch_size": batch_size, "workers": workers}
     options["progress"] = progress
     context = Context(0, seed=seed, device=device, backend=backend, model=model)
-    if suite.reads_images:
-        found = _on_benchmark(suite, data, context, baselines, options)
-    else:
-        shared = [other.feature for other in beside if _reads_the_same(suite, other, data)]
-        found = _on_splits(suite, data, context, baselines, {**options, "beside": shared})
+    with out_of_memory_told(f"at suite {suite.id} on {device}", "use --device cpu, or a device with more memory"):
+        if suite.reads_images:
+            found = _on_benchmark(suite, data, context, baselines, options)
+        else:
+            shared = [other.feature for other in beside if _reads_the_same(suite, other, data)]
+            found = _on_splits(suite, data, context, baselines, {**options, "beside": shared})
     outcome, scores = found.outcome, found.outcome.scores
     if suite.headline not in scores:
         raise UsageError(

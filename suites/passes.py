@@ -23,7 +23,9 @@ from pretrain.data.datasets import MAX_BAD_IMAGES
 from pretrain.data.images import ImageSet, UnreadableImage
 from pretrain.data.transforms import EvalTransform
 from pretrain.errors import DinobenchError
+from pretrain.faults import workers_told
 from pretrain.models.backbones import feature_dim, has_patch_tokens, last_tokens
+from suites.memory import InHalves
 from suites.ranks import Part
 from suites.rows import RowFile
 from suites.suite import LastBlocks
@@ -31,6 +33,7 @@ from suites.suite import LastBlocks
 Precision = Literal["fp32", "bf16"]
 Progress = Callable[[str, int, int], None]
 """Called with (what, images done, images in all)."""
+WORKER_ADVICE = "give the job more memory or fewer cores, and start it again; what was measured is kept"
 _REASON = 300
 """Letters of the reason why an image cannot be read."""
 
@@ -90,7 +93,8 @@ def run(job: Pass, part: Part, progress: Progress | None = None) -> Report:
     """Do this part of the pass.
 
     Raises:
-        DinobenchError: too many images cannot be read, or the file to write to is not on this machine.
+        DinobenchError: too many images cannot be read, a process that decodes them was killed, one image alone does not
+            fit in memory, or the file to write to is not on this machine.
     """
     images, report = job.images, Report()
     rows = part.rows(len(images), job.batch_size)
@@ -101,12 +105,16 @@ def run(job: Pass, part: Part, progress: Progress | None = None) -> Report:
         autocast = torch.autocast(torch.device(device).type, torch.bfloat16)
     if job.path is None:
         report.values = torch.empty(len(rows), job.width, dtype=job.dtype)
-    with _open(job) as file, torch.inference_mode(), autocast:
+
+    def features(pixels: Tensor) -> Tensor:
+        return describe(backbone, pixels.to(device, non_blocking=True), job.blocks).float().cpu()
+
+    apply = InHalves()
+    with _open(job) as file, workers_told(WORKER_ADVICE), torch.inference_mode(), autocast:
         for batch in batches(job, rows, part):
             values = torch.zeros(batch.size, job.width)
             if batch.pixels is not None:
-                x = batch.pixels.to(device, non_blocking=True)
-                values[batch.places] = describe(backbone, x, job.blocks).float().cpu()
+                values[batch.places] = apply(features, batch.pixels)
             stored = values.to(job.dtype)
             _check(values, stored, batch, report)
             if len(report.unreadable) > allowed_unreadable(images):

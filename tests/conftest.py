@@ -23,6 +23,8 @@ for name in ("FORCE_COLOR", "GITHUB_ACTIONS", "RANK", "WORLD_SIZE", "LOCAL_RANK"
 import numpy as np
 import pytest
 
+pytest_plugins = ["reliability"]
+
 GOLDEN = Path(__file__).parent / "golden"
 
 

@@ -5,6 +5,8 @@ Exit codes: 0 ok, 1 bug, 2 usage, 3 the user can mend it, 4 a check failed, 130/
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import signal
 import sys
@@ -28,6 +30,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+_MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENODEV)
+"""Failures of a disk, a mount or a limit; others, as a file that is not there, may be a mistake of ours."""
 
 
 @app.callback()
@@ -63,6 +68,13 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     signal.signal(signal.SIGTERM, _terminate)
+    for name in ("SIGHUP", "SIGUSR1", "SIGUSR2"):  # Windows has none of them
+        number = getattr(signal, name, None)
+        # nohup has SIGHUP ignored, submitit has handlers of its own
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _terminate)
+    if sys.stdout is None:  # closed, as by `>&-`: the work counts, not the words
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
     try:
         code = app(arguments, standalone_mode=False)
         sys.stdout.flush()
@@ -88,6 +100,8 @@ def _explain(error: Exception) -> int:
         return _tell(_usage_message(error), 2) if error.format_message() else 2  # type: ignore[attr-defined]
     if type(error).__name__ == "Abort":
         return _tell("interrupted", 130)
+    if (text := _told_of_machine(error)) is not None:
+        return _tell(f"error: {text}", 3)
     from dinobench.tracking import masked
 
     reason = masked(" ".join(str(error).split()))
@@ -98,6 +112,22 @@ def _explain(error: Exception) -> int:
     )
 
 
+def _told_of_machine(error: Exception) -> str | None:
+    """What the user can mend of a failure that no one nearer to it has told: no memory, no room, no permission."""
+    from dinobench.files import FULL
+    from pretrain.faults import is_out_of_memory
+
+    if is_out_of_memory(error):
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        return f"out of memory ({reason}): give the command more of it, or less to do at once"
+    if not isinstance(error, OSError) or error.errno not in (*FULL, *_MENDABLE):
+        return None
+    place = f"{error.filename}: " if error.filename else ""
+    return (
+        f"{place}{(error.strerror or str(error)).lower()}: free some space, change the permissions or raise the limit"
+    )
+
+
 def _usage_message(error: Exception) -> str:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "dinobench"
@@ -105,10 +135,11 @@ def _usage_message(error: Exception) -> str:
 
 
 def _tell(text: str, code: int) -> int:
-    print(text, file=sys.stderr)
+    with contextlib.suppress(OSError):  # a terminal that is gone
+        print(text, file=sys.stderr)
     return code
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """SIGTERM outside the training loop (which has its own handler): leave through the `finally` blocks."""
+    """Told to stop outside the training loop (which has its own handler): leave through the `finally` blocks."""
     raise SystemExit(128 + number)

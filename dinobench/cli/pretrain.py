@@ -42,7 +42,9 @@ def run_pretraining(
     mem_gb and timeout_min (24 hours unless given). Before that time ends it writes a checkpoint and queues itself
     again.
     """
+    from dinobench.condition import refuse_unfinished
     from dinobench.reporter import Reporter
+    from dinobench.runs import locate_run
     from pretrain.errors import UsageError
     from pretrain.training.recipe import preset_names, resolve
     from pretrain.training.runtime import is_main_process
@@ -55,6 +57,8 @@ def run_pretraining(
     if slurm is not None:
         given = {"--preset": preset, "--data": data, "--output": output, "--seed": seed}
         flags = {"--resume": resume, "--new": new, "--no-eval": not evaluate}
+        if not (resume or new):  # told now, not when the job starts
+            refuse_unfinished(locate_run(recipe, output))
         arguments = ["pretrain", method, *(overrides or ())]
         arguments += [text for name, value in given.items() if value is not None for text in (name, str(value))]
         return _submit(recipe, slurm, [*arguments, *(name for name, on in flags.items() if on)], output, as_json)

@@ -1,4 +1,4 @@
-"""`dinobench runs ls|sync|reap|delete-orphans`."""
+"""`dinobench runs ls|show|sync|reap|delete-orphans`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from dinobench.cli.show import show_run
 
 if TYPE_CHECKING:
     from dinobench.tracking import Store
@@ -37,6 +39,9 @@ def list_runs(
         return print_text(f"no runs in {output}")
     rows = [[e["name"], e["status"], str(e["step"]), _scores(e["scores"])] for e in entries]
     print_table("", ["run", "status", "step", "scores"], rows)
+
+
+app.command("show")(show_run)
 
 
 @app.command("sync")
@@ -163,7 +168,11 @@ def describe(run: Any) -> dict[str, Any]:
         results = last_results(ResultStore(run.path).all())
         state = run.state()
         scores = {f"{result.suite_name} {result.headline}": result.scores[result.headline] for result in results}
-        return {"name": run.name, "status": describe_status(run), "step": state.step, "scores": scores}
+        status, step = describe_status(run), state.step
+        last = run.journal.last()
+        if last and status in ("running", "killed"):  # run.json gets its step when the training ends
+            step = max(step, last.step)
+        return {"name": run.name, "status": status, "step": step, "scores": scores}
     except DinobenchError as error:
         return {"name": run.name, "status": "damaged", "step": 0, "scores": {}, "note": str(error)}
 

@@ -1,7 +1,8 @@
-"""`dinobench show CKPT|RUN`."""
+"""`dinobench show CKPT|RUN`, and `dinobench runs show RUN`, which is the same for a run."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,30 +18,63 @@ def show(
     path: Annotated[Path, typer.Argument(metavar="CKPT|RUN", help="A checkpoint file or a run folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Show what a checkpoint or a run holds.
+    """Show what a checkpoint holds, or how a run stands and what to do about it.
 
     The precisions kappa of the prototypes are among it.
     """
     from dinobench.cli.output import print_json
 
-    document = describe_run(path) if path.is_dir() else describe_checkpoint(path)
+    if path.is_dir():
+        return show_run(path, as_json)
+    document = describe_checkpoint(path)
     if as_json:
         return print_json(document)
     _print_section("", document)
 
 
+def show_run(
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Say how a run stands (running, killed, interrupted, finished, collapsed, failed), what it has, and what to do.
+
+    Every checkpoint is read and compared with its checksums. `dinobench show RUN` is the same.
+    """
+    from dinobench.cli.output import print_json, print_text
+
+    document = describe_run(path)
+    if as_json:
+        return print_json(document)
+    print_text(f"{document.pop('name')}: {document.pop('says')}")
+    for todo in document.pop("todo"):
+        print_text(f"- {todo['reason']}{':' if todo['command'] else ''}")
+        if todo["command"]:
+            print_text(f"    {todo['command']}")
+    whole = {c["name"]: c["damage"] or f"whole, {c['megabytes']} MB" for c in document.pop("checkpoints")}
+    _print_section("", {"checkpoints": whole, **document})
+
+
 def describe_run(path: Path) -> dict[str, Any]:
-    """State, latest value of each metric, scores and last checkpoint of a run."""
+    """How a run stands and what to do; its state, latest value of each metric, scores and last checkpoint."""
     from dinobench.cli.runs import describe
+    from dinobench.condition import diagnose
     from dinobench.runs import open_run
+    from pretrain.errors import DinobenchError
 
     run = open_run(path)
+    condition = diagnose(run)
+    facts: dict[str, Any] = {**describe(run), **asdict(condition)}
+    if condition.status != "damaged":
+        facts |= run.state().model_dump(exclude={"key", "status", "step"})
     points = run.journal.read()
-    facts: dict[str, Any] = {**describe(run), **run.state().model_dump(exclude={"key", "status", "step"})}
     latest = {key: value for point in points for key, value in point.finite().items()}
     facts["metrics"] = {"step": points[-1].step, **latest} if points else {}
-    if run.last_checkpoint.is_file():
-        facts["checkpoint"] = describe_checkpoint((run.kept_checkpoints() or [run.last_checkpoint])[-1])
+    whole = [run.checkpoints / checkpoint.name for checkpoint in condition.checkpoints if not checkpoint.damage]
+    if whole:
+        try:
+            facts["checkpoint"] = describe_checkpoint((sorted(set(whole) - {run.last_checkpoint}) or whole)[-1])
+        except DinobenchError as error:  # of another version, or removed meanwhile
+            facts["checkpoint"] = {"note": str(error)}
     return facts
 
 

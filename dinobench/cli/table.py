@@ -242,14 +242,13 @@ def _seeds(text: str | None) -> tuple[int, ...] | None:
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:
-    import yaml
-
     from pretrain.errors import UsageError
+    from pretrain.mapping import parse_yaml
 
     for pair in pairs:
         if not all(pair.partition("=")):
             raise UsageError(f"--slurm {pair!r}: expected KEY=VALUE, like slurm_partition=gpu")
-    return {pair.partition("=")[0]: yaml.safe_load(pair.partition("=")[2]) for pair in pairs}
+    return {pair.partition("=")[0]: parse_yaml(pair.partition("=")[2], f"--slurm {pair!r}") for pair in pairs}
 
 
 def _workers(device: str) -> int:

@@ -189,7 +189,12 @@ def open_dataset(
     images = images.checked(max_bad_images)
     if len(images) == 0:
         raise DinobenchError(f"{name_or_uri} has no images in its split {whole!r}")
-    return images if (start, stop) == (0.0, 1.0) else _part(images, start, stop, split)
+    if (start, stop) == (0.0, 1.0):
+        return images
+    part = _part(images, start, stop, split)
+    if len(part) == 0:
+        raise DinobenchError(f"{name_or_uri} has {len(images)} images in {whole!r}, too few for the part {split!r}")
+    return part
 
 
 def _open_uri(scheme: str, path: str, split: str, label: str) -> ImageSet:

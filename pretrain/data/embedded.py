@@ -7,6 +7,7 @@ and so is a pack of JPEG files, whose pixels differ: it calls itself `cifar10-jp
 from __future__ import annotations
 
 import gzip
+import math
 import tarfile
 import zlib
 from pathlib import Path
@@ -33,6 +34,8 @@ _FASHION_FOLDERS = ("fashion-mnist", "FashionMNIST/raw")
 _FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
+_MAX_IDX_BYTES = 256 << 20
+"""Unpacked; the images of Fashion-MNIST have 45 MiB."""
 _CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _CIFAR10_RECORD = 1 + 3 * 32 * 32
 """Bytes of an image in the binary version: label, then the red, green and blue planes."""
@@ -79,16 +82,19 @@ def _idx_path(folder: Path, stem: str) -> Path | None:
 def read_idx(path: Path) -> np.ndarray:
     """An array of bytes in the idx format (LeCun, MNIST page), gzipped or not."""
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = file.read(_MAX_IDX_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DinobenchError(f"cannot read {path} ({error}): is the download complete?") from error
     # Two zero bytes, the type (8 = unsigned byte), the number of axes, then their lengths.
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
         raise DinobenchError(f"{path} is not an idx file of bytes")
+    if len(content) > _MAX_IDX_BYTES:
+        raise DinobenchError(f"{path} has more than {_MAX_IDX_BYTES >> 20} MiB: this is no MNIST")
     num_axes = content[3]
     shape = [int.from_bytes(content[4 + 4 * k : 8 + 4 * k], "big") for k in range(num_axes)]
     values = np.frombuffer(content, np.uint8, offset=min(4 + 4 * num_axes, len(content)))
-    if values.size != np.prod(shape):
+    if values.size != math.prod(shape) or not 1 <= num_axes <= 3:
         raise DinobenchError(f"{path} announces {shape} values but holds {values.size}: is the download complete?")
     return values.reshape(shape)
 

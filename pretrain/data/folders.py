@@ -8,14 +8,14 @@ classes are in alphabetical order, as in torchvision's ImageFolder.
 from __future__ import annotations
 
 import hashlib
+import math
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from pretrain.data.images import ArraySource, FileSource, ImageSet, array_fingerprint
+from pretrain.data.images import MAX_ASPECT, ArraySource, FileSource, ImageSet, array_fingerprint
 from pretrain.data.stores import Store, open_store
 from pretrain.errors import DinobenchError, UsageError, unknown_name
 
@@ -23,6 +23,11 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 SPLITS = ("train", "val", "test")
 MAX_HASHED_BYTES = 512 << 20
 """Sets up to this size are identified by the content of every file, larger ones by names and sizes."""
+MAX_CLASSES = 1_000_000
+"""Of labels in an array; ImageNet-22k has 21,841."""
+MAX_UNPACKED_BYTES = 4 << 30
+"""Of the compressed arrays of an archive, which are unpacked into memory."""
+_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _FIX = (
     "move each image into a folder named as its class in train/, like {split}/<class>/{image} (for ImageNet-1k the "
     "script valprep.sh of soumith/imagenetloader.torch does it; for tiny-imagenet val_annotations.txt has the classes)"
@@ -158,22 +163,26 @@ def _content(store: Store, name: str) -> bytes:
 
 def open_npz(path: Path, split: str, name: str) -> ImageSet:
     """Images (uint8, gray or RGB) and labels of a NumPy archive; object arrays are refused."""
-    if not path.is_file():
-        raise DinobenchError(f"no such file: {path}")
-    if not zipfile.is_zipfile(path):
-        raise DinobenchError(f"{path} is not a NumPy archive: is the download complete?")
     try:
+        if not path.is_file():
+            raise DinobenchError(f"no such file: {path}")
+        if not zipfile.is_zipfile(path):
+            raise DinobenchError(f"{path} is not a NumPy archive: is the download complete?")
+        _check_npz_sizes(path)
         with np.load(path, allow_pickle=False) as archive:
             images_key, labels_key = _npz_keys(path, split, archive.files)
-            images = archive[images_key]
-            labels = archive[labels_key] if labels_key else None
+            images = np.asarray(archive[images_key])
+            labels = np.asarray(archive[labels_key]) if labels_key else None
             num_classes = 1 + max(
                 (int(archive[k].max(initial=-1)) for k in archive.files if k.endswith("labels")), default=-1
             )
-    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        if isinstance(error, DinobenchError):
-            raise
-        raise DinobenchError(f"cannot read {path} ({error}); expected a NumPy archive without objects") from error
+    except DinobenchError:
+        raise
+    # Damaged archives, and arrays of other types, make the readers raise errors of every kind.
+    except Exception as error:
+        raise DinobenchError(
+            f"cannot read {str(path)!r} ({error}); expected a NumPy archive of numbers, without objects"
+        ) from error
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise DinobenchError(
             f"{path}: {images_key} is {images.dtype} {images.shape}; "
@@ -185,12 +194,36 @@ def open_npz(path: Path, split: str, name: str) -> ImageSet:
         images = images.transpose(0, 3, 1, 2)
     if images.shape[1] not in (1, 3):
         raise DinobenchError(f"{path}: {images_key} {images.shape} has no axis of 1 or 3 colours")
+    if not 0 < max(images.shape[2:]) <= MAX_ASPECT * min(images.shape[2:]):
+        raise DinobenchError(f"{path}: {images_key} has images of {images.shape[3]} x {images.shape[2]} pixels")
+    if num_classes > MAX_CLASSES:
+        raise DinobenchError(f"{path}: the largest label is {num_classes - 1}, expected 0, 1, ... for the classes")
     targets = None if labels is None else _npz_labels(path, labels, len(images))
     classes = tuple(map(str, range(num_classes))) if targets is not None else ()
     pixels = torch.from_numpy(np.ascontiguousarray(images))
     return ImageSet(
         name, split, array_fingerprint(pixels, targets), ArraySource(pixels), labels=targets, classes=classes
     )
+
+
+def _check_npz_sizes(path: Path) -> None:
+    """Refuse arrays that declare more than the archive holds, and an archive that unpacks to more than fits in memory.
+
+    NumPy sets memory aside for an array before it finds out how much there is of it.
+    """
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        unpacked = sum(m.file_size for m in members if m.compress_type != zipfile.ZIP_STORED)
+        if unpacked > MAX_UNPACKED_BYTES:
+            raise DinobenchError(
+                f"{path} unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB: write it with np.savez, not compressed"
+            )
+        for member in (member for member in members if member.filename.endswith(".npy")):
+            with archive.open(member) as file:
+                read_header = _NPY_HEADERS[np.lib.format.read_magic(file)]
+                shape, _, kind = read_header(file)
+            if kind.itemsize * math.prod(shape) > min(member.file_size, max(path.stat().st_size, unpacked)):
+                raise DinobenchError(f"{path}: {member.filename} declares {kind} {shape}, more than the file holds")
 
 
 def _npz_keys(path: Path, split: str, keys: list[str]) -> tuple[str, str | None]:
@@ -208,9 +241,9 @@ def _npz_keys(path: Path, split: str, keys: list[str]) -> tuple[str, str | None]
 
 
 def _npz_labels(path: Path, labels: np.ndarray, count: int) -> torch.Tensor:
-    labels = labels.reshape(len(labels), -1)
-    if labels.shape != (count, 1) or not np.issubdtype(labels.dtype, np.integer) or labels.min(initial=0) < 0:
+    one_each = labels.size == count and labels.shape[:1] == (count,)
+    if not one_each or not np.issubdtype(labels.dtype, np.integer) or labels.min(initial=0) < 0:
         raise DinobenchError(
             f"{path}: labels {labels.dtype} {labels.shape} for {count} images; expected one whole number >= 0 each"
         )
-    return torch.from_numpy(labels[:, 0].astype(np.int64))
+    return torch.from_numpy(labels.reshape(count).astype(np.int64))

@@ -2,7 +2,7 @@
 
 Unreadable images: `ImageSet.checked` decodes a sample before anything is trained and leaves out what it finds bad. An
 image that turns out to be unreadable later is replaced by the next readable one of the same class, always the same
-one, and reported once by path; a run never stops for it.
+one, and reported once by path. A run stops for it only when they become too many, as when a disk is no longer there.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ log = logging.getLogger(__name__)
 
 MAX_ARRAY_BYTES = 2 << 30
 """Sets of decoded files larger than this stay files."""
+FEW = 10
+"""So many images may become unreadable whatever the limit."""
+MAX_ASPECT = 200
+"""Longer side over shorter side, of an image that is read."""
 _CHECKED = 500
 """`ImageSet.checked` decodes so many images, evenly spaced; all of a smaller set."""
 
@@ -116,12 +120,15 @@ def decode(content: bytes, short_side: int | None = None) -> Image.Image:
     """An RGB image out of an encoded file; orientation tags are ignored, as in torchvision.
 
     With `short_side`, JPEG files are decoded at the smallest of libjpeg's scales above it, then resized (bilinear).
-    Images of more pixels than PIL's limit against decompression bombs are refused.
+    Images of more pixels than PIL's limit against decompression bombs are refused, and strips: with its short side at
+    256, an image of 1 x 65,535 has four billion pixels.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(io.BytesIO(content)) as image:
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise ValueError(f"{image.width} x {image.height} pixels: a side is over {MAX_ASPECT} times the other")
             if short_side is not None:
                 image.draft("RGB", (short_side, short_side))
             image.load()
@@ -182,6 +189,8 @@ class ImageSet:
         self.skipped = skipped
         """Images left out as unreadable: path and reason."""
         self.source = source
+        self.limit = 1.0
+        """Share of images that may become unreadable before `image` gives up; set by `checked`."""
         self._rows = rows
         self._length = len(source if rows is None else rows)
         self._array: Tensor | None = None
@@ -210,15 +219,29 @@ class ImageSet:
         return self.source.read(self._row(number))
 
     def image(self, number: int) -> Image.Image:
-        """Image `number` as PIL RGB; if unreadable, the next readable one of its class."""
+        """Image `number` as PIL RGB; if unreadable, the next readable one of its class.
+
+        Raises:
+            DinobenchError: there is none, or too many were unreadable until now.
+        """
         for candidate in self._candidates(number):
             try:
                 return self.read(candidate)
             except UnreadableImage as error:
                 if candidate not in self._reported:
-                    self._reported.add(candidate)
-                    log.warning("unreadable image, replaced by another of its class: %s", error)
+                    self._report(candidate, error)
         raise DinobenchError(f"{self.name} {self.split}: no image like {self.path(number)} can be read")
+
+    def _report(self, number: int, error: UnreadableImage) -> None:
+        self._reported.add(number)
+        allowed = self.limit * len(self)
+        if len(self._reported) > max(FEW, allowed + 2 * math.sqrt(allowed)):  # as `checked` allows a sample
+            raise DinobenchError(
+                f"{self.name} {self.split}: {len(self._reported)} of {len(self)} images have become unreadable, more "
+                f"than data.max_bad_images={self.limit} allows: is a disk not mounted any more, is the folder being "
+                f"changed? The last: {error}"
+            )
+        log.warning("unreadable image, replaced by another of its class: %s", error)
 
     def _candidates(self, number: int) -> Iterator[int]:
         """`number`, then those after it (around the end) that have its label."""
@@ -266,7 +289,7 @@ class ImageSet:
         """The set of the images at `indices`, in that order."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
         digest = hashlib.sha256(f"{self.fingerprint} subset ".encode() + indices.numpy().astype("<i8").tobytes())
-        return ImageSet(
+        part = ImageSet(
             self.name,
             split or self.split,
             digest.hexdigest(),
@@ -276,11 +299,13 @@ class ImageSet:
             rows=indices if self._rows is None else self._rows[indices],
             skipped=self.skipped,
         )
+        part.limit = self.limit
+        return part
 
     def resized(self, short_side: int) -> ImageSet:
         """The set with every image brought to this short side (bilinear, antialiased)."""
         digest = hashlib.sha256(f"{self.fingerprint} resized {short_side} bilinear".encode())
-        return ImageSet(
+        scaled = ImageSet(
             self.name,
             self.split,
             digest.hexdigest(),
@@ -290,6 +315,8 @@ class ImageSet:
             rows=self._rows,
             skipped=self.skipped,
         )
+        scaled.limit = self.limit
+        return scaled
 
     def checked(self, max_bad_images: float) -> ImageSet:
         """The set without the unreadable images among up to 500 evenly spaced ones.
@@ -298,6 +325,7 @@ class ImageSet:
             DinobenchError: More than the share `max_bad_images` is unreadable; of a sample, more than that by two
                 standard deviations, so that chance does not refuse a set within the limit.
         """
+        self.limit = max_bad_images
         if self.source.pixels is not None:
             return self
         numbers = _spread(len(self), _CHECKED)

@@ -6,18 +6,21 @@ open for itself (file descriptors) is opened on first use there.
 
 from __future__ import annotations
 
+import bz2
 import functools
+import gzip
+import lzma
 import os
 import tarfile
 import zipfile
-import zlib
 from pathlib import Path
-from typing import Protocol
+from typing import Any, BinaryIO, Protocol
 
 from pretrain.data.tar_index import read_index
 from pretrain.errors import DinobenchError
 
 ARCHIVE_SUFFIXES = (".tar", ".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+_DECOMPRESSORS = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 MAX_FILE_BYTES = 256 << 20
 """No image file is larger; a member that claims to be is a decompression bomb and counts as unreadable."""
 MAX_COMPRESSED_TAR_BYTES = 4 << 30
@@ -34,20 +37,24 @@ class Store(Protocol):
 
 
 class FolderStore:
-    """The files under a folder; links are followed, hidden files left out."""
+    """The files under a folder; links are followed, but not to a folder that holds them; hidden files are left out."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.sizes: dict[str, int] = {}
-        self._scan(str(root), "")
+        self._scan(str(root), "", ())
 
-    def _scan(self, folder: str, prefix: str) -> None:
+    def _scan(self, folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> None:
+        state = os.stat(folder)
+        here = state.st_dev, state.st_ino
+        if here in above:
+            return
         with os.scandir(folder) as entries:
             for entry in sorted(entries, key=lambda e: e.name):
                 if entry.name.startswith("."):
                     continue
                 if entry.is_dir():
-                    self._scan(entry.path, f"{prefix}{entry.name}/")
+                    self._scan(entry.path, f"{prefix}{entry.name}/", (*above, here))
                 elif entry.is_file():
                     self.sizes[prefix + entry.name] = entry.stat().st_size
 
@@ -111,16 +118,13 @@ class MemoryStore:
     def __init__(self, path: Path) -> None:
         self._files: dict[str, bytes] = {}
         total = 0
-        with tarfile.open(path, "r|*") as archive:
+        with _Unpacked(path) as unpacked, tarfile.open(fileobj=unpacked, mode="r|") as archive:
             for member in archive:
                 if not member.isreg():
                     continue
                 total += member.size
                 if total > MAX_COMPRESSED_TAR_BYTES:
-                    raise DinobenchError(
-                        f"{path} unpacks to more than {MAX_COMPRESSED_TAR_BYTES >> 30} GiB, too much to keep in memory "
-                        f"(a compressed tar allows no access to single files). Unpack it, or repack it as .tar or .zip."
-                    )
+                    raise _too_large(path)
                 file = archive.extractfile(member)
                 assert file is not None
                 self._files[member.name] = file.read()
@@ -130,6 +134,34 @@ class MemoryStore:
         return self._files[name]
 
 
+class _Unpacked:
+    """The bytes of a compressed tar, in order, up to the largest that is kept."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._left = path, 2 * MAX_COMPRESSED_TAR_BYTES
+        self._file: BinaryIO = _DECOMPRESSORS[path.suffix.lower()](path)
+
+    def __enter__(self) -> Any:  # all that tarfile asks of a stream is `read`
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read(self, size: int) -> bytes:
+        content = self._file.read(size)
+        self._left -= len(content)
+        if self._left < 0:  # also what is in no file: headers of any length
+            raise _too_large(self._path)
+        return content
+
+
+def _too_large(path: Path) -> DinobenchError:
+    return DinobenchError(
+        f"{path} unpacks to more than {MAX_COMPRESSED_TAR_BYTES >> 30} GiB, too much to keep in memory "
+        "(a compressed tar allows no access to single files). Unpack it, or repack it as .tar or .zip."
+    )
+
+
 def is_archive(path: Path) -> bool:
     """Whether the name is that of an archive that `open_store` reads."""
     return path.name.lower().endswith(ARCHIVE_SUFFIXES)
@@ -137,17 +169,20 @@ def is_archive(path: Path) -> bool:
 
 def open_store(path: Path) -> Store:
     """The store at a path: a folder, or an archive by its suffix."""
-    if not path.exists():
-        raise DinobenchError(f"no such folder or archive: {path}")
     try:
+        if not path.exists():
+            raise DinobenchError(f"no such folder or archive: {path}")
         if path.is_dir():
             return FolderStore(path)
-        if not is_archive(path):
+        if not is_archive(path) or not path.is_file():
             raise DinobenchError(f"{path} is neither a folder nor an archive ({', '.join(ARCHIVE_SUFFIXES)})")
         return _open_archive(path, path.stat().st_size, path.stat().st_mtime_ns)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-        what = "folder" if path.is_dir() else "archive (is the download complete?)"
-        raise DinobenchError(f"cannot read the {what} {path}: {error}") from error
+    except DinobenchError:
+        raise
+    # Damaged archives and names with half a character make the readers raise errors of every kind.
+    except Exception as error:
+        what = "folder or archive (is the download complete?)"
+        raise DinobenchError(f"cannot read the {what} {str(path)!r}: {error}") from error
 
 
 @functools.lru_cache(maxsize=2)

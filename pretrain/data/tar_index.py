@@ -12,6 +12,8 @@ import os
 import tarfile
 from pathlib import Path
 
+from pretrain.clipped_file import ClippedFile
+
 BLOCK = 512
 _KINDS = (b"0", b"5", b"x")
 """A file, a folder, an extended header."""
@@ -74,7 +76,7 @@ def _size(header: bytes) -> int | None:
 
 def _any_index(path: Path) -> Index:
     index: Index = {}
-    with tarfile.open(path, "r:") as archive:
+    with ClippedFile(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
         for member in archive:
             if member.isreg() and not member.issparse():
                 index[member.name] = member.offset_data, member.size

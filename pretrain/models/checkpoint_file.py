@@ -29,9 +29,16 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from pretrain.clipped_file import ClippedFile
 from pretrain.errors import DinobenchError
-from pretrain.models.file_checks import check_pickle, check_sizes, check_start, check_zip, unpickling_refused
+from pretrain.models.file_checks import (
+    check_records,
+    check_sizes,
+    check_start,
+    check_zip,
+)
 from pretrain.models.numpy_numbers import STAND_INS
+from pretrain.models.pickle_checks import check_pickle, unpickling_refused
 
 FORMAT = "dinobench-checkpoint-1"
 MAX_INDEX_BYTES = 2**26
@@ -93,6 +100,23 @@ def read(path: str | Path, map_location: str | torch.device = "cpu", *, mmap: bo
     if not isinstance(payload, dict):
         raise DinobenchError(f"{path} holds a {type(payload).__name__}; expected a dict with a network's weights")
     check_sizes(payload, path)
+    if payload.get("format") == FORMAT:  # ours have checksums, and torch reads past a flipped bit
+        check_records(path)
+    return payload
+
+
+def read_own(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """The dict in a checkpoint of ours, from which a training goes on.
+
+    Raises:
+        DinobenchError: as for `read`, or it is of another format.
+    """
+    payload = read(path, map_location)
+    if payload.get("format") != FORMAT or not isinstance(payload.get("step"), int):
+        raise DinobenchError(
+            f"{path} has the format {payload.get('format')!r}, expected {FORMAT}: a newer version of dinobench wrote "
+            "it, or another program; use that one, or move the file away"
+        )
     return payload
 
 
@@ -114,7 +138,10 @@ def _read_torch(path: Path, map_location: str | torch.device, mmap: bool) -> Any
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace, *STAND_INS]):
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # said of files that are no checkpoints
-            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap and is_zip)
+            if is_zip:
+                return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+            with ClippedFile(path) as file:
+                return torch.load(file, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         names = re.findall(r"GLOBAL ([\w.]+) was not an allowed", str(error))
         raise (unpickling_refused(path, names) if names else _unreadable(path, error)) from error
@@ -189,9 +216,12 @@ def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise DinobenchError(
-            f"cannot write {path} ({error}): check the free space and the permissions there"
-        ) from error
+        raise not_writable(path, error) from error
+
+
+def not_writable(path: Path, error: Exception) -> DinobenchError:
+    """The error for a checkpoint that cannot be written."""
+    return DinobenchError(f"cannot write {path} ({error}): check the free space and the permissions there")
 
 
 def _plain(value: Any, where: str) -> Any:

@@ -1,43 +1,21 @@
-"""What is checked around the reading of a checkpoint that somebody else made: before its pickle is read, and after.
+"""What is checked around the reading of a checkpoint that somebody else made.
 
-    before   the file is no web page, no Git LFS pointer, no other format and no zip that unpacks to more than it holds;
-             its pickle asks for nothing but tensors, plain values, NumPy's numbers (see numpy_numbers) and
-             argparse.Namespace (DINO and iBOT write one)
-    after    the tensors are not larger than the file they came from
-
-The pickle is listed with `pickletools`, which runs nothing.
+Before: the file is no web page, no Git LFS pointer, no other format and no zip that unpacks to more than it holds; of
+its pickle see pickle_checks. After: the tensors are not larger than the file they came from.
 """
 
 from __future__ import annotations
 
-import io
-import pickletools
 import struct
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pretrain.errors import DinobenchError
-from pretrain.models.numpy_numbers import STAND_INS
 
-TORCH_MODULES = ("torch", "torch._utils", "torch._tensor", "torch.nn.parameter", "torch.serialization", "torch.storage")
-"""Names of these modules are left to torch, whose unpickler knows which of them are harmless."""
-HARMLESS = (
-    "collections.OrderedDict",
-    "collections.Counter",
-    "argparse.Namespace",
-    "_codecs.encode",
-    "builtins.set",
-    "__builtin__.set",
-    *(name for _, name in STAND_INS),
-)
-"""Not `bytearray`, which torch admits: bytearray(n) in a file of a hundred bytes takes n bytes of memory."""
-MAX_OPCODES = 1_000_000
-"""Pickle instructions; a ViT-g with its optimiser has about 200 000."""
 MAX_DIRECTORY_BYTES = 2**24
 """Of a zip's list of records, some 80 bytes each; listing a million of them takes a minute."""
 _OTHER_FORMATS = {
@@ -47,12 +25,6 @@ _OTHER_FORMATS = {
     b"{": ("JSON", "give the weights, or the index `*.safetensors.index.json` of a file in parts under its own name"),
 }
 """First bytes -> what the file is and what to do."""
-_NAMES = [opcode.name for opcode in pickletools.opcodes]
-_PUTS = frozenset(name for name in _NAMES if name.endswith("PUT") or name == "MEMOIZE")
-_GETS = frozenset(name for name in _NAMES if name.endswith("GET"))
-_TEXTS = frozenset(name for name in _NAMES if "UNICODE" in name)
-LEGACY_PICKLES = 5
-"""Before its tensors a file of the time before torch 1.6 holds: magic number, protocol, system, payload, keys."""
 
 
 def check_start(path: Path) -> None:
@@ -114,21 +86,21 @@ def check_zip(path: Path) -> None:
         )
 
 
-def check_pickle(path: Path) -> None:
-    """Refuse a pickle that asks for classes or functions beyond tensors and plain values.
+def check_records(path: Path) -> None:
+    """Refuse a file of ours that is cut short, or whose bytes are not those that were written.
 
     Raises:
-        DinobenchError: names all of them, also when torch would stop at the first.
+        DinobenchError: a record does not have its checksum, or the file cannot be read.
     """
     try:
-        asked = _globals_of(path)
-    except DinobenchError:
-        raise
-    except Exception:  # damaged: torch says what is wrong with it
-        return
-    refused = sorted(name for name in asked if name not in HARMLESS and name.rpartition(".")[0] not in TORCH_MODULES)
-    if refused:
-        raise unpickling_refused(path, refused)
+        with zipfile.ZipFile(path) as archive:
+            record = archive.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise DinobenchError(f"{path} is truncated or damaged ({error}): copy it again or take another one") from error
+    if record is not None:
+        raise DinobenchError(
+            f"{path} is damaged: the checksum of its record {record} does not match; copy it again or take another one"
+        )
 
 
 def unpickling_refused(path: Path, names: list[str]) -> DinobenchError:
@@ -197,49 +169,6 @@ def _tensors_in(payload: Any, path: Path) -> list[Tensor]:
             seen.add(id(value))
             waiting.extend(value.values() if isinstance(value, dict) else value)
     return found
-
-
-def _globals_of(path: Path) -> set[str]:
-    """`module.name` of everything the pickles of a file import."""
-    if not zipfile.is_zipfile(path):
-        with open(path, "rb") as file:
-            return _globals_in(file, LEGACY_PICKLES, path)
-    with zipfile.ZipFile(path) as archive:
-        name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-        return _globals_in(io.BytesIO(archive.read(name)), 1, path)
-
-
-def _globals_in(file: BinaryIO | io.BytesIO, num_pickles: int, path: Path) -> set[str]:
-    asked: set[str] = set()
-    count = 0
-    for _ in range(num_pickles):
-        texts: list[str] = []  # the latest two are module and name where a protocol takes them from its stack
-        memo: dict[int, str | None] = {}
-        top: str | None = None
-        for opcode, argument in _opcodes(file):
-            count += 1
-            if count > MAX_OPCODES:
-                raise DinobenchError(f"{path} has more than {MAX_OPCODES} pickle instructions: no checkpoint has")
-            if opcode in _PUTS:
-                memo[len(memo) if argument is None else argument] = top
-                continue
-            top = str(argument) if opcode in _TEXTS else memo.get(argument) if opcode in _GETS else None
-            if top is not None:
-                texts = [*texts[-1:], top]
-            if opcode in ("GLOBAL", "INST"):
-                asked.add(str(argument).replace(" ", "."))
-            elif opcode == "STACK_GLOBAL":
-                asked.add(".".join(texts) if len(texts) == 2 else "a name that the file computes")
-    return asked
-
-
-def _opcodes(file: BinaryIO | io.BytesIO) -> Iterator[tuple[str, Any]]:
-    """Instructions of the next pickle in a file; none where there is no further one."""
-    try:
-        for opcode, argument, _ in pickletools.genops(file):
-            yield opcode.name, argument
-    except ValueError:  # damaged, or the tensors of an old file: torch says what is wrong with it
-        return
 
 
 def _quoted(start: bytes) -> str:

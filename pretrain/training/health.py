@@ -13,10 +13,13 @@ Sums stay on the device; the host reads them once per logging interval.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pretrain.errors import DinobenchError
 from pretrain.objectives import prototype_usage
 
 PATIENCE = 3
@@ -172,6 +175,34 @@ class Health(nn.Module):
         states = collapse_states(metrics, self.num_prototypes)
         self.suspicious = {state: self.suspicious.get(state, 0) + 1 for state in states}
         return next((state for state, count in self.suspicious.items() if count >= PATIENCE), None)
+
+
+@torch.no_grad()
+def refuse_non_finite(state: dict[str, Any], step: int) -> None:
+    """Refuse weights and moments that hold a NaN or an infinity, before they can reach a checkpoint.
+
+    The gradients of a step whose loss is finite may not be, and that shows in the loss of the next step only.
+
+    Raises:
+        DinobenchError: names the tensors.
+    """
+    named = list(_floats("", state))
+    bad = [name for name, tensor in named if not tensor.isfinite().all()]
+    if bad:
+        raise DinobenchError(
+            f"{len(bad)} of {len(named)} tensors of the weights and the optimiser are not finite after step {step}, "
+            f"the first is {bad[0]}; the loss was, so it is the gradients that were not. The last good checkpoint is "
+            "kept. Try a lower optim.lr, a smaller optim.clip or runtime.precision=fp32"
+        )
+
+
+def _floats(place: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The floating-point tensors below a state, by their place in it."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _floats(f"{place}.{key}" if place else str(key), item)
+    elif isinstance(value, Tensor) and value.is_floating_point():
+        yield place, value
 
 
 def collapse_states(metrics: dict[str, float], num_prototypes: int) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from pretrain.data.loader import Loader
+from pretrain.faults import out_of_memory_told, workers_told
 from pretrain.models.backbones import create_backbone, patch_grid
 from pretrain.training.checkpoints import CheckpointFolder
 from pretrain.training.distributed import lost_ranks_told
@@ -21,6 +22,12 @@ from pretrain.training.stop import StopSignal
 from pretrain.training.trainer import Trainer, local_batch_size
 from pretrain.training.waits import BatchWaits
 
+MEMORY_ADVICE = (
+    "runtime.accumulate=2 halves the memory of a step and changes no result, runtime.checkpoint_activations=true and "
+    "runtime.max_logits_bytes save more"
+)
+WORKER_ADVICE = "lower runtime.workers, or give the job more memory; --resume goes on from the last checkpoint"
+
 
 def train(
     recipe: Recipe,
@@ -31,24 +38,40 @@ def train(
     on_checkpoint: Callable[[Path, int], None] = lambda path, step: None,
     progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Outcome:
-    """Train a recipe in `folder` (checkpoints go to folder/checkpoints); with `resume`, from last.pt if it is there.
+    """Train a recipe in `folder` (checkpoints go to folder/checkpoints); with `resume`, from last.pt if it is there, or
+    the newest whole checkpoint.
 
     Raises:
-        DinobenchError: bad data, a checkpoint that does not fit, a loss that is not finite, or a lost rank.
+        DinobenchError: bad data, a checkpoint that does not fit, a loss or weights that are not finite, no memory, a
+            killed worker, or a lost rank.
         CheckFailed: the targets or features collapsed and runtime.stop_on_collapse is set.
     """
     runtime = Runtime.start(recipe.runtime)
+    with out_of_memory_told(f"on {runtime.device}", MEMORY_ADVICE):
+        return _train(recipe, runtime, folder, resume, log, on_checkpoint, progress)
+
+
+def _train(
+    recipe: Recipe,
+    runtime: Runtime,
+    folder: Path,
+    resume: bool,
+    log: Callable[[dict[str, float], int], None],
+    on_checkpoint: Callable[[Path, int], None],
+    progress: Callable[[Progress], None],
+) -> Outcome:
     local_batch_size(recipe.optim.batch_size, runtime.world_size, recipe.runtime.accumulate)
     loader = create_loader(recipe, runtime)
     plan = Plan(recipe.schedule.epochs, recipe.schedule.steps_per_epoch or loader.steps_per_epoch)
-    trainer = Trainer(recipe, runtime, plan)
+    trainer = Trainer(recipe, runtime, plan, images=loader.images)
     files = CheckpointFolder(folder / "checkpoints", recipe.checkpoint.keep, writes=runtime.is_main)
-    first = trainer.restore(files.last) if resume and files.last.is_file() else 0
+    start = files.resume_from() if resume else None
+    first = trainer.restore(start) if start else 0
     waits = BatchWaits(loader)
     meter = Meter(trainer, plan, recipe, waits, log, progress)
     stop = StopSignal(runtime, recipe.runtime.max_minutes)
 
-    with stop, lost_ranks_told(runtime.rank, runtime.world_size):
+    with stop, lost_ranks_told(runtime.rank, runtime.world_size), workers_told(WORKER_ADVICE):
         batches = loader.batches(first)
         for step in range(first, plan.total_steps):
             trainer.step(waits.next(batches), step)  # without a name for the batch: its memory is free after the step

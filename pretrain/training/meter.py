@@ -13,7 +13,7 @@ import torch
 from pretrain.errors import CheckFailed, DinobenchError
 from pretrain.objectives.prototype_usage import UNIQUE_THRESHOLD, unique_counts
 from pretrain.training.recipe import Recipe
-from pretrain.training.runtime import all_reduce_sum
+from pretrain.training.runtime import all_reduce_max
 from pretrain.training.schedules import Plan
 from pretrain.training.trainer import Trainer
 from pretrain.training.waits import BatchWaits
@@ -135,11 +135,11 @@ class Meter:
 
     def refuse_non_finite(self) -> None:
         """Stop on a loss that is not finite, before it can reach a checkpoint."""
-        first = self.trainer.method.health.first_bad_step
-        if float(all_reduce_sum((first >= 0).float())) > 0:
+        first = int(all_reduce_max(self.trainer.method.health.first_bad_step))  # -1 on a rank that saw none
+        if first >= 0:
             raise DinobenchError(
-                f"loss/total is not finite since step {int(first) + 1} (learning rate "
-                f"{self.trainer.learning_rates[max(int(first), 0)]:.2e}). The last good checkpoint is kept. Try a "
+                f"loss/total is not finite since step {first + 1} (learning rate "
+                f"{self.trainer.learning_rates[first]:.2e}). The last good checkpoint is kept. Try a "
                 "lower optim.lr, a longer schedule.warmup_epochs, a smaller optim.clip or runtime.precision=fp32"
             )
 

@@ -20,7 +20,7 @@ from pretrain.data.datasets import DataConfig, dataset_label
 from pretrain.data.masks import MaskConfig
 from pretrain.data.views import ViewsConfig
 from pretrain.errors import UsageError, unknown_name
-from pretrain.mapping import read_mapping
+from pretrain.mapping import MAX_DEPTH, parse_yaml, read_mapping
 from pretrain.methods import method as methods
 from pretrain.models.backbones import ModelConfig
 from pretrain.models.heads import HeadConfig
@@ -232,10 +232,9 @@ def _override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UsageError(f"override {text!r} is not of the form section.key=value, for example optim.lr=0.001")
-    try:
-        result: Any = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UsageError(f"override {text!r}: the value is not valid YAML") from error
+    if key.count(".") > MAX_DEPTH:
+        raise UsageError(f"override {text[:80]!r}... names a key in {key.count('.')} sections, expected one or two")
+    result = parse_yaml(value, f"the value of the override {text!r}")
     for part in reversed(key.split(".")):
         result = {part: result}
     return result

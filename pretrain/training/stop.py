@@ -11,12 +11,15 @@ import torch
 
 from pretrain.training.runtime import Runtime, all_reduce_sum
 
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP")
+"""Windows has the first two only."""
+
 
 class StopSignal:
     """SIGTERM and SIGINT end the training after the current step and a checkpoint; a second SIGINT ends it at once.
 
-    So do SIGUSR1 and SIGUSR2, which SLURM sends before the time of a job ends, and the first step that ends
-    `max_minutes` or later after this object was made.
+    So do SIGUSR1 and SIGUSR2, which SLURM sends before the time of a job ends, SIGHUP of a terminal that closes (unless
+    nohup has it ignored), and the first step that ends `max_minutes` or later after this object was made.
     """
 
     def __init__(self, runtime: Runtime, max_minutes: float | None = None):
@@ -26,7 +29,9 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            for number in (getattr(signal, name) for name in NAMES if hasattr(signal, name)):
+                if number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self._old[number] = signal.signal(number, self._note)
         return self
 

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
+from pretrain.data.images import ImageSet
 from pretrain.data.loader import Batch
 from pretrain.errors import DinobenchError, UsageError
+from pretrain.faults import is_out_of_memory
 from pretrain.methods.method import Method, load_method
-from pretrain.models import checkpoint
+from pretrain.models import checkpoint, checkpoint_file
 from pretrain.models.backbones import check_image_sizes
 from pretrain.models.recompute import recompute_activations
-from pretrain.training import distributed, optim, schedules, sharding
+from pretrain.training import distributed, health, optim, schedules, sharding
 from pretrain.training.recipe import Recipe
 from pretrain.training.runtime import Runtime, seed_everything
 
@@ -23,8 +26,8 @@ from pretrain.training.runtime import Runtime, seed_everything
 class Trainer:
     """A method, its optimiser and its schedules on one machine. It knows no method by name."""
 
-    def __init__(self, recipe: Recipe, runtime: Runtime, plan: schedules.Plan):
-        self.recipe, self.runtime, self.plan = recipe, runtime, plan
+    def __init__(self, recipe: Recipe, runtime: Runtime, plan: schedules.Plan, *, images: ImageSet | None = None):
+        self.recipe, self.runtime, self.plan, self.images = recipe, runtime, plan, images
         seed_everything(recipe.seed)  # the same initial weights on every rank
         self.method = load_method(recipe.method.name, recipe.source)(recipe, plan)
         self.method.to(device=runtime.device, dtype=runtime.dtype)
@@ -85,13 +88,17 @@ class Trainer:
         checkpoint.save(path, self.state(step))
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint after `step` completed steps holds: whole tensors, whatever the number of ranks."""
+        """What a checkpoint after `step` completed steps holds: whole tensors, whatever the number of ranks.
+
+        Raises:
+            DinobenchError: a weight or a moment is not finite.
+        """
         state = sharding.whole(self.method.state_dict())
         rest = {key: value for key, value in state.items() if not key.startswith(("student.", "teacher."))}
         rng: dict[str, Any] = {"cpu": torch.get_rng_state()}
         if self.runtime.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.runtime.device)
-        return {
+        payload = {
             "format": checkpoint.FORMAT,
             "recipe": self.recipe.model_dump(mode="json"),
             "preset": self.recipe.preset,
@@ -106,6 +113,10 @@ class Trainer:
             "optimizer": sharding.optimizer_state(self.optimizer, self.groups),
             "rng": rng,
         }
+        if self.images is not None:
+            payload["images"] = {"number": len(self.images), "fingerprint": self.images.fingerprint}
+        health.refuse_non_finite({name: payload[name] for name in ("student", "teacher", "optimizer")}, step)
+        return payload
 
     def restore(self, path: Path) -> int:
         """Continue from a checkpoint; returns the number of completed steps.
@@ -113,15 +124,40 @@ class Trainer:
         Order: 1 weights, centre and health sums, 2 optimiser, 3 random state (last, so that nothing draws after it).
 
         Raises:
-            DinobenchError: the checkpoint belongs to another recipe, or cannot be read.
+            DinobenchError: the checkpoint belongs to another recipe or to other images, or cannot be read.
         """
-        payload = checkpoint.read(path, map_location=self.runtime.device)
+        payload = checkpoint_file.read_own(path, map_location=self.runtime.device)
+        try:
+            self._refuse_other(path, payload)
+            self._load(payload)
+        except (KeyError, TypeError, AttributeError, RuntimeError, ValidationError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise DinobenchError(
+                f"{path} does not fit this recipe ({' '.join(str(error).split())[:200]}): it was altered, or written "
+                "by another version of dinobench; use that version, or start again with --new"
+            ) from error
+        return int(payload["step"])
+
+    def _refuse_other(self, path: Path, payload: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another recipe, or one made of other images."""
         found = Recipe.model_validate(payload["recipe"]).identity
         if found != self.recipe.identity:
             raise DinobenchError(
                 f"{path} was written by the recipe {found}, this run is {self.recipe.identity}: "
                 "give the recipe it was started with, or another --output"
             )
+        made_of = payload.get("images")  # files of earlier versions do not say
+        if self.images is None or made_of is None or made_of["fingerprint"] == self.images.fingerprint:
+            return
+        raise DinobenchError(
+            f"{self.images.name} {self.images.split} has changed since {path} was written: it had "
+            f"{made_of['number']} images (fingerprint {made_of['fingerprint'][:12]}), now {len(self.images)} "
+            f"({self.images.fingerprint[:12]}). Put the images back, or start another run with --new"
+        )
+
+    def _load(self, payload: dict[str, Any]) -> None:
+        """Weights, optimiser and random state, in this order."""
         networks = {f"{net}.{k}": v for net in ("student", "teacher") for k, v in payload[net].items()}
         self.method.load_state_dict(sharding.parts_like({**networks, **payload["target"]}, self.method.state_dict()))
         sharding.load_optimizer(self.optimizer, self.groups, payload["optimizer"])
@@ -132,7 +168,6 @@ class Trainer:
                 torch.cuda.set_rng_state(payload["rng"]["cuda"].cpu(), self.runtime.device)
         else:
             seed_everything(self.recipe.seed + 1 + step, self.runtime.rank)
-        return step
 
     def _set_schedules(self, step: int) -> None:
         frozen = self.plan.epoch(step) < self.recipe.optim.freeze_last_layer_epochs

@@ -95,6 +95,7 @@ def slow(measured: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path
     return folder
 
 
+@pytest.mark.promise("two evaluators on one run", "nothing is measured twice")
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_two_processes_divide_a_run_and_do_nothing_twice(slow: Path, run: RunFolder, tmp_path: Path) -> None:
     checkpoints = [run.checkpoints / f"step={step:08d}.pt" for step in range(1, 7)]
@@ -139,6 +140,7 @@ def test_what_another_process_measures_is_waited_for_and_read(
     assert "another process measures it" in said[0]
 
 
+@pytest.mark.promise("an evaluator killed while it measures", "its lock is free, the next measures")
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_a_process_that_died_blocks_nobody(
     slow: Path, run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -159,6 +161,7 @@ def test_a_process_that_died_blocks_nobody(
     assert len(list(run.path.glob("evals/*/*.json"))) == 1
 
 
+@pytest.mark.promise("a damaged checkpoint among several", "listed as failed, the others are measured; exit 3")
 def test_a_checkpoint_that_cannot_be_read_does_not_stop_the_others(
     measured: Any, run: RunFolder, tmp_path: Path
 ) -> None:
@@ -177,6 +180,7 @@ def test_a_checkpoint_that_cannot_be_read_does_not_stop_the_others(
     assert [(failure.suite, failure.checkpoint) for failure in failures] == [("digits_knn@1", absent)]
 
 
+@pytest.mark.promise("a file system without locks", "told with the path")
 def test_a_place_without_locks_is_told_as_one_that_cannot_be_written(
     measured: Any, run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

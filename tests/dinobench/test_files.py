@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from dinobench import files
 from pretrain.errors import DinobenchError
 
 
+@pytest.mark.promise("a write that fails at its last step", "the old file stays, no other is left")
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "state.json"
     files.write_json(path, {"step": 1})
@@ -20,6 +23,31 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeyp
         files.write_json(path, {"step": 2})
     assert files.read_json(path) == {"step": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["state.json"]
+
+
+@pytest.mark.promise("killed while a small file is written", "the next write removes the half file that was left")
+def test_what_a_killed_process_left_is_removed_by_the_next_write_and_nothing_younger(tmp_path: Path) -> None:
+    old, young = tmp_path / ".state[1].json.12.tmp", tmp_path / ".state[1].json.13.tmp"
+    probe, other = tmp_path / ".write-test-12", tmp_path / ".other.json.12.tmp"
+    for path in (old, young, probe, other):
+        path.write_text("{")
+    for path in (old, probe, other):
+        os.utime(path, times=(0, time.time() - 2 * files.ABANDONED_SECONDS))
+    files.write_json(files.make_folder(tmp_path) / "state[1].json", {})
+    assert {path.name for path in tmp_path.iterdir()} == {"state[1].json", young.name, other.name}
+
+
+@pytest.mark.parametrize("told", [KeyboardInterrupt, SystemExit])
+def test_a_write_that_is_interrupted_leaves_nothing(
+    told: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(descriptor: int) -> None:
+        raise told
+
+    monkeypatch.setattr(files.os, "fsync", interrupt)
+    with pytest.raises(told):
+        files.write_json(tmp_path / "state.json", {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_document_is_named(tmp_path: Path) -> None:

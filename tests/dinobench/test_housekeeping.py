@@ -61,6 +61,7 @@ def active(store: Store) -> list[str]:
     return sorted(run.info.run_name for run in store.search(experiments, {}))
 
 
+@pytest.mark.promise("a run killed, open in MLflow for ever", "`runs reap` closes it and none at work")
 def test_a_run_whose_process_was_killed_is_closed_and_one_at_work_is_not(store: Store, measurer: Any) -> None:
     killed, working = measurer.run("dino", 0, 80.0), measurer.run("dino", 1, 80.0)
     opened = {run.name: mirror.open_pretraining(store, run) for run in (killed, working)}
@@ -94,6 +95,7 @@ def test_a_run_of_another_machine_is_left_alone_unless_asked_for(store: Store, m
     assert housekeeping.find_orphans(store) == []
 
 
+@pytest.mark.promise("a kill while a result is logged", "closed by reap, completed by sync")
 def test_a_result_whose_logging_was_killed_is_closed_and_completed_by_sync(store: Store, measurer: Any) -> None:
     run = measurer.run("dino", 0, 80.0, steps=(40,))
     mirror.sync(run, store.uri)
@@ -143,6 +145,7 @@ def test_cells_of_tables_may_lose_their_folders(store: Store, measurer: Any) -> 
     assert len(housekeeping.find_orphans(store, cells=True)) == 1
 
 
+@pytest.mark.promise("the disk of the runs is not mounted", "said before anything is deleted")
 def test_a_disk_that_is_not_mounted_is_thought_of(store: Store, measurer: Any, tmp_path: Path) -> None:
     mirror.sync(measurer.run("dino", 0, 80.0), store.uri)
     run = measurer.output / "away"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dinobench import journal as journal_module
 from dinobench.journal import Journal
 
 
@@ -32,6 +33,7 @@ def test_a_line_cut_short_by_a_kill_is_left_out(journal: Journal) -> None:
     assert [point.step for point in journal.read()] == [10, 20]
 
 
+@pytest.mark.promise("a kill between two checkpoints", "steps done again leave no doubled points in metrics.jsonl")
 def test_cutting_drops_what_a_resumed_training_does_again(journal: Journal) -> None:
     journal.cut(20)
     journal.append({"loss/total": 0.5}, 30)
@@ -51,3 +53,20 @@ def test_a_run_without_metrics_has_an_empty_journal(tmp_path: Path) -> None:
     assert journal.read() == []
     journal.cut(0)
     assert journal.read() == []
+
+
+@pytest.mark.promise("a journal of a long run", "where it stands is read from its end, not from all of it")
+def test_the_last_point_is_read_from_the_end_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path / "metrics.jsonl")
+    assert journal.last() is None
+    for step in range(1, 200):
+        journal.append({"loss/total": 1.0 / step}, step)
+    monkeypatch.setattr("dinobench.journal.LAST_BYTES", 200)
+    parsed = []
+    parse = journal_module._parse
+    monkeypatch.setattr(journal_module, "_parse", lambda line: parsed.append(line) or parse(line))
+    with journal.path.open("a") as file:
+        file.write('{"step": 200, "ti')
+    last = journal.last()
+    assert last is not None and last.step == 199
+    assert len(parsed) <= 3

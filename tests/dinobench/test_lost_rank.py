@@ -37,6 +37,7 @@ ARGUMENTS = (
 )
 
 
+@pytest.mark.promise("a rank killed or hanging under torchrun", "the others stop with a message; resumable")
 @pytest.mark.parametrize(
     ("rank", "how", "options"),
     [

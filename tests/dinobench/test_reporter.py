@@ -52,6 +52,7 @@ def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.promise("disk full: train.log", "the run goes on and says so")
 def test_a_full_disk_does_not_stop_the_talking(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     talker = Reporter()
     talker.keep(tmp_path / "absent" / "train.log")
@@ -63,3 +64,19 @@ def test_a_full_disk_does_not_stop_the_talking(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3725, "1:02:05"), (math.inf, "?")])
 def test_durations_read_as_a_clock(seconds: float, text: str) -> None:
     assert reporter.duration(seconds) == text
+
+
+@pytest.mark.promise("a run that talks for months", "train.log is bounded: one earlier part is kept, nothing else")
+def test_the_log_is_bounded_and_its_earlier_part_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(reporter, "LOG_BYTES", 1000)
+    talker = Reporter(silent=False)
+    talker.console.quiet = True
+    talker.keep(tmp_path / "train.log")
+    for number in range(500):
+        talker.say(f"line {number}")
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert sizes.keys() == {"train.log", "train.log.1"}
+    assert all(size < 1100 for size in sizes.values())
+    text = "".join((tmp_path / name).read_text() for name in ("train.log.1", "train.log"))
+    lines = [line.split()[-1] for line in text.splitlines()]
+    assert lines == [str(number) for number in range(500 - len(lines), 500)]

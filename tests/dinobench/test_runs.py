@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,7 @@ def test_a_folder_with_another_recipe_is_refused(recipe: Recipe, run: RunFolder)
         find_run(recipe, run.path.parent)
 
 
+@pytest.mark.promise("the run folder's name is taken by other files", "refused by name, nothing is touched")
 def test_a_folder_of_something_else_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     folder = tmp_path / f"{recipe.label}-s0-{recipe.identity}"
     folder.mkdir()
@@ -56,6 +58,7 @@ def test_a_folder_of_something_else_is_refused(recipe: Recipe, tmp_path: Path) -
         find_run(recipe, tmp_path)
 
 
+@pytest.mark.promise("a kill while a run folder is made", "the next start makes it")
 def test_a_folder_killed_while_being_made_is_made_again(recipe: Recipe, run: RunFolder) -> None:
     run.state_file.unlink()
     again = find_run(recipe, run.path.parent)
@@ -69,6 +72,7 @@ def test_the_stored_recipe_is_the_recipe(recipe: Recipe, run: RunFolder) -> None
     assert resolve(str(run.recipe_file)).identity == recipe.identity
 
 
+@pytest.mark.promise("two processes on one run", "the second is refused, with the holder's name")
 def test_two_processes_do_not_work_in_one_folder(run: RunFolder) -> None:
     with (
         run.lock(),
@@ -90,11 +94,18 @@ with RunFolder(Path(sys.argv[1])).lock():
 """
 
 
+@pytest.mark.promise("a lock file left by a process that died", "the next start takes it")
 def test_the_lock_of_a_killed_process_does_not_block(run: RunFolder) -> None:
     with subprocess.Popen([sys.executable, "-c", HOLD, str(run.path)], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"held\n"
         assert runs.describe_status(run) == "running"
+        # the second says who, before anything was written to run.json
+        with (
+            pytest.raises(DinobenchError, match=rf"another process \(.+:{process.pid}\) .*runs show {run.path}"),
+            run.lock(),
+        ):
+            pass
         process.kill()
     assert (run.path / ".lock").exists()
     with run.lock():
@@ -102,8 +113,22 @@ def test_the_lock_of_a_killed_process_does_not_block(run: RunFolder) -> None:
     assert runs.describe_status(run) == "killed"
 
 
+def test_two_who_look_at_a_killed_run_do_not_take_each_other_for_it(run: RunFolder) -> None:
+    seen: list[str] = []
+    lookers = [
+        threading.Thread(target=lambda: seen.extend(runs.describe_status(RunFolder(run.path)) for _ in range(50)))
+        for _ in range(4)
+    ]
+    for looker in lookers:
+        looker.start()
+    for looker in lookers:
+        looker.join()
+    assert set(seen) == {"killed"} and len(seen) == 200
+
+
 def test_kept_checkpoints_come_in_the_order_of_their_steps(run: RunFolder) -> None:
     run.last_checkpoint.touch()
+    (run.checkpoints / "step=copy.pt").touch()  # of the user
     assert run.kept_checkpoints() == [run.last_checkpoint]
     for step in (1000, 200):
         (run.checkpoints / f"step={step:08d}.pt").touch()

@@ -148,6 +148,7 @@ def test_a_job_runs_the_command(on_a_node: Any, submitit: Any) -> None:
     assert submitit.requeued == []
 
 
+@pytest.mark.promise("a job's time ends (SIGUSR2)", "checkpoint, queued again, resumed")
 @pytest.mark.parametrize("code", [143, 138, 140])
 def test_an_interrupted_job_is_queued_again_and_resumes(code: int, on_a_node: Any, submitit: Any) -> None:
     on_a_node(JOB, code)
@@ -232,3 +233,23 @@ def _wait_for(condition: Any, seconds: float = 300) -> Any:
             return answer
         time.sleep(0.2)
     raise AssertionError(f"not within {seconds} seconds")
+
+
+@pytest.mark.promise("--slurm on an unfinished run, without --resume", "refused at submission, not when the job starts")
+def test_an_unfinished_run_is_told_before_the_job_is_queued(
+    submitit: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dinobench.runs import find_run
+    from pretrain.training.recipe import resolve
+
+    line = ["pretrain", "dino", "--output", str(tmp_path), "--slurm", "partition=gpu"]
+    run = find_run(resolve("dino"), tmp_path)
+    run.create(resolve("dino"))
+    FakeExecutor.last = None
+    assert app.run(line) == 3
+    assert "it was killed): continue it with --resume" in capsys.readouterr().err
+    assert FakeExecutor.last is None
+    for flag in ("--resume", "--new"):
+        assert app.run([*line, flag]) == 0
+    run.update(status="finished")
+    assert app.run(line) == 0

@@ -144,6 +144,7 @@ def test_an_interrupted_run_is_killed_and_a_failed_one_failed(run: RunFolder, ur
         assert of(client, run).info.status == shown
 
 
+@pytest.mark.promise("MLflow server refused", "said once and at the end, without the password; the journal has all")
 def test_a_dead_server_neither_stops_nor_stalls_and_is_said_once(run: RunFolder) -> None:
     warnings: list[str] = []
     follower = Mirror(run, f"http://user:hunter2@127.0.0.1:{free_port()}", warnings.append)
@@ -158,6 +159,7 @@ def test_a_dead_server_neither_stops_nor_stalls_and_is_said_once(run: RunFolder)
     assert len(run.journal.read()) == 100
 
 
+@pytest.mark.promise("MLflow slower than the training", "the queue is bounded; what it drops comes from the journal")
 def test_a_full_queue_is_filled_up_from_the_journal(
     run: RunFolder, uri: str, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,6 +176,44 @@ def test_a_full_queue_is_filled_up_from_the_journal(
     assert sorted(steps) == list(range(1, 11))
 
 
+@pytest.mark.promise("a long run is mirrored", "what the mirror remembers and what waits for it are bounded")
+def test_what_the_mirror_remembers_does_not_grow_with_the_run(
+    run: RunFolder, uri: str, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "FLUSH_POINTS", 5)
+    remembered: list[int] = []
+    log_points = tracking.Store.log_points
+
+    def counted(store: Any, run_id: str, points: Any, known: set) -> None:
+        log_points(store, run_id, points, known)
+        remembered.append(len(known))
+
+    monkeypatch.setattr(tracking.Store, "log_points", counted)
+    follower = Mirror(run, uri, pytest.fail)
+    follower._connected.wait()
+    for step in range(1, 101):
+        follower.log(run.journal.append({"loss/total": 1.0, "optim/lr": 0.1}, step))
+        follower.log(run.journal.append({"loss/total": 1.0, "prototypes/unique": 3.0}, step))  # twice at one step
+    assert follower.close()
+    assert max(remembered) <= 3 * (5 + 1)
+    run_id = of(client, run).info.run_id
+    for name in ("loss/total", "prototypes/unique"):
+        assert [m.step for m in client.get_metric_history(run_id, name)] == list(range(1, 101))
+
+
+def test_what_waited_for_a_store_that_failed_is_let_go(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = threading.Event()
+    monkeypatch.setattr(tracking, "connect", lambda uri: (ready.wait(10), 1 / 0))
+    follower = Mirror(run, "sqlite:///absent.db", lambda text: None)
+    for step in range(100):
+        follower.log(run.journal.append({"loss/total": 1.0}, step))
+    assert follower._queue.qsize() == 100
+    ready.set()
+    follower._connected.wait()
+    assert follower._queue.qsize() == 0
+
+
+@pytest.mark.promise("MLflow server black-holed: accepts, never answers", "given up after seconds")
 def test_a_silent_server_is_given_up_after_seconds() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -181,6 +221,7 @@ def test_a_silent_server_is_given_up_after_seconds() -> None:
             tracking.probe(f"http://127.0.0.1:{port}", timeout=0.3)
 
 
+@pytest.mark.promise("MLflow not installed", "told with the command; the journal remains")
 def test_without_mlflow_the_journal_remains(run: RunFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def absent(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}")
@@ -230,6 +271,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.mark.promise("a kill while MLflow's tables are made", "the database appears whole or not at all")
 def test_a_database_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kill while MLflow makes its tables must not leave a database that no later run can use."""
     file = tmp_path / "mlflow.db"
@@ -244,6 +286,7 @@ def test_a_database_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not file.exists()
 
 
+@pytest.mark.promise("half a database left by a kill", "made anew")
 def test_what_a_kill_left_of_an_unfinished_database_is_made_anew(tmp_path: Path) -> None:
     file, unfinished = tmp_path / "mlflow.db", tmp_path / "mlflow.db.new"
     unfinished.write_bytes(b"SQLite format 3\0 torn")
@@ -275,6 +318,7 @@ class Mortal:
         return getattr(self._client, name)
 
 
+@pytest.mark.promise("a kill at any call of the logging of a result", "completed by the next, nothing twice")
 @pytest.mark.slow
 def test_a_result_whose_logging_was_killed_anywhere_is_completed_and_not_doubled(
     run: RunFolder, make_result: Callable[..., Result], uri: str, client: Any

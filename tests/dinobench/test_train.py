@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -77,6 +78,7 @@ def test_resume_where_nothing_was_started_starts(fake_loop: Any, pretrain: Any) 
     assert pretrain(resume=True).state.status == "finished"
 
 
+@pytest.mark.promise("a kill before the first checkpoint", "--resume begins again, without doubled points")
 def test_resume_of_a_run_killed_before_its_first_checkpoint_begins_again(
     fake_loop: Any, pretrain: Any, recipe: Recipe, tmp_path: Path
 ) -> None:
@@ -109,6 +111,18 @@ def test_a_collapse_is_its_own_status(fake_loop: Any, pretrain: Any, recipe: Rec
     assert find_run(recipe, tmp_path / "runs").state().status == "collapsed"
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_outside_the_steps_is_an_interruption_and_no_failure(
+    name: str, fake_loop: Any, pretrain: Any, recipe: Recipe, tmp_path: Path
+) -> None:
+    fake_loop.stop_at, fake_loop.error = 3, SystemExit(128 + signal.Signals[name])
+    with pytest.raises(SystemExit):
+        pretrain()
+    state = find_run(recipe, tmp_path / "runs").state()
+    assert (state.status, state.note) == ("interrupted", name)
+
+
+@pytest.mark.promise("two processes on one run", "the second is refused, with the holder's name")
 def test_a_held_folder_is_refused(fake_loop: Any, pretrain: Any, recipe: Recipe, tmp_path: Path) -> None:
     with find_run(recipe, tmp_path / "runs").lock(), pytest.raises(DinobenchError, match="another process"):
         pretrain()
@@ -126,11 +140,11 @@ def test_every_kept_checkpoint_is_evaluated_once_finished(
 ) -> None:
     seen = []
 
-    def evaluate(checkpoint: Path, suites: Any, settings: Any, say: Any) -> tuple[list, list]:
-        seen.append((checkpoint.name, [suite.name for suite in suites]))
+    def evaluate_all(checkpoints: list[Path], suites: Any, settings: Any, say: Any, record: Any) -> tuple[list, list]:
+        seen.extend((checkpoint.name, [suite.name for suite in suites]) for checkpoint in checkpoints)
         return [], []
 
-    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(train, "evaluate_all", evaluate_all)
     recipe = resolve("dino", overrides=["evaluation.suites=[digits_knn]", "tracking.enabled=false"])
     pretrain(recipe, evaluate=False)
     assert seen == []
@@ -153,6 +167,7 @@ def test_the_rank_that_decides_shares_its_error_and_its_folder(recipe: Recipe, t
     assert train._agree(runtime, lambda: job) is job
 
 
+@pytest.mark.promise("a kill after the training, before MLflow has all", "the same command completes it")
 def test_a_kill_after_the_training_leaves_no_open_page(
     fake_loop: Any, pretrain: Any, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +182,8 @@ def test_a_kill_after_the_training_leaves_no_open_page(
 
         def log(self, point: Any) -> None:
             pass
+
+        result = log
 
         def finish(self, status: str) -> None:
             self.finished.append(status)

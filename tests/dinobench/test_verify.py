@@ -41,6 +41,7 @@ def test_a_true_result_holds_from_checkpoint_and_images(true_result: Any, monkey
     assert compared["top1"].allowed == pytest.approx(0.01 * stated["scores"]["top1"])
 
 
+@pytest.mark.promise("one weight, label, pixel or score altered", "`verify` names it; exit 4")
 def test_one_altered_weight_is_named_and_nothing_is_measured(true_result: Any) -> None:
     true_result.alter_weight()
     verdict = check(true_result)
@@ -49,6 +50,7 @@ def test_one_altered_weight_is_named_and_nothing_is_measured(true_result: Any) -
     assert names(verdict) == ["checkpoint sha256"]
 
 
+@pytest.mark.promise("one weight, label, pixel or score altered", "`verify` names it; exit 4")
 @pytest.mark.parametrize(
     ("array", "role"),
     [("train_labels", "train"), ("test_labels", "test"), ("train_images", "train"), ("test_images", "test")],
@@ -60,6 +62,7 @@ def test_one_altered_label_or_pixel_is_named(true_result: Any, array: str, role:
     assert names(verdict) == [f"dataset fingerprint ({role})"]
 
 
+@pytest.mark.promise("one weight, label, pixel or score altered", "`verify` names it; exit 4")
 @pytest.mark.parametrize(
     ("keys", "value", "name"),
     [

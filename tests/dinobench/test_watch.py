@@ -78,6 +78,7 @@ def test_last_pt_of_a_run_that_goes_on_is_left_alone(live: RunFolder, follow: An
     assert steps(ResultStore(live.path).all()) == [8]
 
 
+@pytest.mark.promise("a watched run is killed", "told, with the command that continues it")
 def test_a_killed_run_is_told_with_the_command_that_continues_it(run: RunFolder, follow: Any) -> None:
     write_json(run.path / "environment.json", {"starts": [{"command": "dinobench pretrain dino --new --seed 0"}]})
     keep(run, 1)
@@ -115,6 +116,7 @@ def test_a_run_that_did_not_finish_is_told_so(live: RunFolder, follow: Any, stat
     assert f"ended {status} (SIGTERM)" in watched.advice
 
 
+@pytest.mark.promise("a watch is stopped", "what was measured stays, the next goes on")
 def test_stopping_a_watch_loses_nothing(live: RunFolder, follow: Any, measured: Any) -> None:
     def stop() -> None:
         raise SystemExit(143)
@@ -133,6 +135,7 @@ def test_stopping_a_watch_loses_nothing(live: RunFolder, follow: Any, measured: 
     assert len(measured.suites) == 3
 
 
+@pytest.mark.promise("a watch is stopped", "what was measured stays, the next goes on")
 def test_a_watch_stopped_in_a_measurement_leaves_its_lock_free(
     live: RunFolder, follow: Any, measured: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +161,7 @@ def test_a_suite_that_fails_is_tried_once_per_watch(live: RunFolder, follow: Any
     assert measured.loads == 1
 
 
+@pytest.mark.promise("a checkpoint removed before it was measured", "said, and no failure")
 def test_a_checkpoint_that_the_run_removed_is_no_failure(
     live: RunFolder, follow: Any, measured: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

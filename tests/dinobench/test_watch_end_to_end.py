@@ -140,6 +140,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     bench.close()
 
 
+@pytest.mark.promise("training and evaluator killed (SIGKILL)", "both go on; nothing lost, nothing twice")
 def test_watch_and_training_are_killed_and_go_on_without_loss_or_double_work(bench: Bench) -> None:
     trainer = bench.pretrain()
     bench.until(lambda: bool(list_runs(bench.folder)), trainer)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pretrain.errors import UsageError
 from suites.cache import Entry, FeatureCache, content_key, default_folder
 from suites.rows import RowFile
 
@@ -41,6 +42,7 @@ def test_second_read_comes_from_the_cache_with_its_metadata(cache: FeatureCache)
     assert second.metadata == {"device": "cpu"}
 
 
+@pytest.mark.promise("a cache entry cut short, emptied or with a flipped bit", "found by its checksum, computed again")
 @pytest.mark.parametrize("damage", ["truncated", "flipped bit", "empty", "no checksum"])
 def test_damaged_entry_is_computed_again_with_a_warning(cache: FeatureCache, damage: str) -> None:
     cache.get_or_compute(KEY, tensors)
@@ -58,6 +60,7 @@ def test_damaged_entry_is_computed_again_with_a_warning(cache: FeatureCache, dam
     assert cache.get_or_compute(KEY, must_not_compute).from_cache
 
 
+@pytest.mark.promise("a cache that grows", "bounded; what was read last stays")
 def test_size_is_bounded_and_what_was_read_last_stays(tmp_path: Path) -> None:
     one = 50 * 10 * 4
     cache = FeatureCache(tmp_path, max_bytes=int(3.5 * one))
@@ -96,6 +99,7 @@ def test_two_readers_at_once_compute_an_entry_once(tmp_path: Path) -> None:
     assert len(log.read_text().split()) == 1
 
 
+@pytest.mark.promise("two processes want the same features", "computed once")
 @pytest.mark.slow
 def test_two_processes_compute_an_entry_once(tmp_path: Path) -> None:
     log = tmp_path / "computed"
@@ -122,6 +126,7 @@ def test_no_temporary_file_stays_behind_when_computing_or_writing_fails(
     assert not [path for path in cache.folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
+@pytest.mark.promise("a damaged file of baseline scores", "computed again, said")
 def test_scores_are_stored_and_damaged_ones_forgotten(cache: FeatureCache) -> None:
     assert cache.read_scores(KEY) is None
     cache.write_scores(KEY, {"top1": 97.8})
@@ -178,6 +183,7 @@ def test_a_written_entry_is_read_and_one_that_is_not_accepted_is_replaced(cache:
     assert second.tensors["features"].sum() == 10  # who reads the old one keeps it
 
 
+@pytest.mark.promise("a cache entry cut short, emptied or with a flipped bit", "found by its checksum, computed again")
 def test_a_flipped_bit_in_a_written_entry_is_found(cache: FeatureCache) -> None:
     cache.get_or_write(KEY, writer(1, "a"))
     path = stored_file(cache)
@@ -198,3 +204,49 @@ def test_a_cache_that_cannot_be_written_gives_nothing_and_warns(
     with pytest.warns(UserWarning, match=r"could not be written .*No space left.*DINOBENCH_CACHE"):
         assert cache.get_or_write(KEY, writer(1, "a")) is None
     assert not [path for path in cache.folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+
+
+@pytest.mark.promise("a cache that grows", "it stays below DINOBENCH_CACHE_GB, whatever is evaluated")
+def test_the_bound_comes_from_the_environment_and_holds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    one = 50 * 10 * 4 + 200
+    monkeypatch.setenv("DINOBENCH_CACHE_GB", str(3 * one / 2**30))
+    cache = FeatureCache(tmp_path)
+    for number in range(20):
+        cache.get_or_compute(content_key(number=number), tensors)
+        assert cache.size() <= 3 * one
+    assert len(list(tmp_path.glob("features/*/*.safetensors"))) == 3
+
+
+@pytest.mark.parametrize("text", ["plenty", "0", "-1", "nan", "inf"])
+def test_a_bound_that_is_no_size_is_refused(text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DINOBENCH_CACHE_GB", text)
+    with pytest.raises(UsageError, match=f"DINOBENCH_CACHE_GB='{text}': expected .* GiB"):
+        FeatureCache(tmp_path)
+
+
+@pytest.mark.promise("the cache removes an entry that is being read", "the reader keeps what it reads")
+def test_who_reads_an_entry_keeps_it_when_it_is_removed(tmp_path: Path) -> None:
+    small = FeatureCache(tmp_path, max_bytes=1)
+    small.get_or_compute(KEY, tensors)
+    read = small.read(KEY)
+    small.get_or_compute(content_key(number=1), tensors)
+    assert read is not None and small.read(KEY) is None
+    assert read.tensors["features"].sum() == 500
+
+
+@pytest.mark.promise("two write to a full cache at once", "what one has just written, the other does not remove")
+def test_what_another_has_just_written_is_not_removed_before_it_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = FeatureCache(tmp_path, max_bytes=1), FeatureCache(tmp_path, max_bytes=1)
+    evict = one._evict
+
+    def evict_and_pause(keep: Path) -> None:
+        evict(keep)  # and before the entry is opened, somebody else makes room
+        other.get_or_compute(content_key(number=1), tensors)
+
+    monkeypatch.setattr(one, "_evict", evict_and_pause)
+    entry = one.get_or_write(KEY, writer(1, "a"))
+    assert entry is not None and entry.tensors["features"].sum() == 10
+    other.get_or_compute(content_key(number=2), tensors)  # nobody is at work on it now
+    assert other.read(KEY) is None

@@ -87,6 +87,7 @@ def test_second_time_comes_from_the_cache_and_other_settings_do_not(
     assert all({"device", "torch", "seconds"} <= set(entry) for entry in extractor.log)
 
 
+@pytest.mark.promise("features that are not finite at the evaluation", "image named")
 def test_features_that_are_not_finite_name_the_image(model: LoadedModel, images: ImageFiles) -> None:
     def describe(backbone: torch.nn.Module, batch: Tensor) -> Tensor:
         values = DESCRIBE(backbone, batch)

@@ -103,6 +103,7 @@ def test_bf16_features_are_float32_and_near_the_fp32_ones(model: LoadedModel, ma
     assert 0 < (exact - fast).abs().max() < 0.1
 
 
+@pytest.mark.promise("features that are not finite at the evaluation", "checkpoint named")
 def test_features_that_are_not_finite_name_the_checkpoint(model: LoadedModel, make_images: MakeImages) -> None:
     with torch.no_grad():
         model.backbone.norm.weight[0] = float("nan")  # type: ignore[union-attr, index]
@@ -254,6 +255,7 @@ def test_large_sets_are_kept_in_half_precision_and_small_ones_are_not(
     assert torch.equal(kept.split(stored=True).take(slice(3, 9)), kept.split().features[3:9])
 
 
+@pytest.mark.promise("features that overflow float16", "kept in float32")
 def test_features_too_large_for_half_precision_are_kept_in_float32(
     model: LoadedModel, make_images: MakeImages, cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,6 +65,7 @@ def test_a_pickle_that_names_a_class_is_refused_and_nothing_runs(tmp_path: Path,
     assert not marker.exists()
 
 
+@pytest.mark.promise("a ground-truth file cut short", "refused by name")
 @pytest.mark.parametrize("suffix", [".json", ".pkl"])
 @pytest.mark.parametrize("keep", [0, 5, 60])
 def test_a_cut_file_is_refused(tmp_path: Path, suffix: str, keep: int) -> None:

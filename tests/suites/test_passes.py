@@ -55,6 +55,7 @@ def damage(folder: Path, number: int, how: str = "truncated") -> None:
     path.write_bytes({"truncated": truncated, "empty": b"", "page": b"<html>404</html>"}[how])
 
 
+@pytest.mark.promise("a damaged image at the evaluation", "left out, listed by path")
 @pytest.mark.parametrize("how", ["truncated", "empty", "page"])
 @pytest.mark.parametrize("cached", [False, True])
 def test_an_unreadable_image_has_neither_features_nor_a_label_and_is_listed(
@@ -81,6 +82,7 @@ def test_an_unreadable_image_has_neither_features_nor_a_label_and_is_listed(
         assert found.from_cache == (cached and again == 1)
 
 
+@pytest.mark.promise("many damaged images at the evaluation", "refused, the first ones named; exit 3")
 def test_more_unreadable_images_than_allowed_are_refused_with_the_first_ones(
     model: LoadedModel, folder: Path, tmp_path: Path
 ) -> None:

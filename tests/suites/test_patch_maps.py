@@ -56,6 +56,7 @@ def test_arrays_of_several_shapes_come_back_from_the_file(tmp_path: Path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.promise("disk full: maps of patch features", "told with the way out; exit 3")
 def test_a_full_disk_is_told_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "TemporaryFile", partial(open, "/dev/full", "w+b", buffering=0))
     with pytest.raises(DinobenchError, match="do not fit in .*No space left.*set TMPDIR to a folder with room"):

@@ -48,6 +48,7 @@ def test_several_writers_fill_one_file(tmp_path: Path) -> None:
     assert read(tmp_path / "rows")[0][:, 0].tolist() == [1, 1, 2, 2]
 
 
+@pytest.mark.promise("a kill while a cache entry is written", "never read, removed later")
 def test_an_unfinished_file_is_not_read_even_under_its_final_name(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path)
     path = tmp_path / "features" / KEY[:2] / f"{KEY}.safetensors"
@@ -67,6 +68,7 @@ def write_half_and_die(folder: str) -> None:
     FeatureCache(Path(folder)).get_or_write(KEY, write)
 
 
+@pytest.mark.promise("a kill while a cache entry is written", "never read, removed later")
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_a_process_killed_while_writing_leaves_nothing_that_is_read_and_what_it_left_is_removed(tmp_path: Path) -> None:
     process = multiprocessing.get_context("spawn").Process(target=write_half_and_die, args=(str(tmp_path),))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,27 @@ def test_exit_codes(
     captured = capsys.readouterr()
     assert captured.err.startswith(said)
     assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"])
+def test_who_is_told_to_stop_tidies_up_and_gives_the_signal_as_exit_code(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number, tidied = signal.Signals[name], []
+
+    def command(*arguments: Any, **options: Any) -> None:
+        try:
+            signal.raise_signal(number)
+        finally:
+            tidied.append(name)
+
+    monkeypatch.setattr(app, "app", command)
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        assert app.run([]) == 128 + number
+    finally:
+        signal.signal(number, before)
+    assert tidied == [name]
 
 
 def test_debug_shows_the_traceback_wherever_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:

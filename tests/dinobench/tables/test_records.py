@@ -61,6 +61,7 @@ def test_a_suite_that_is_missing_or_was_redefined_leaves_the_cell_to_do(
     assert record.lacks(dino.suites) == ["digits_knn@1", "digits_prototypes@1"]
 
 
+@pytest.mark.promise("a damaged record of a table", "told by name, not trained again")
 def test_a_damaged_record_is_told_not_taken_for_missing(cells: Cells, write_record: Callable, tmp_path: Path) -> None:
     path = write_record(cells.all[0], SCORES)
     path.write_text('{"name": "dino"}')

@@ -61,6 +61,7 @@ def work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.promise("a worker of the tables dies", "its cell is listed, the others go on")
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_cell_that_fails_or_takes_its_process_along_stops_no_other(
     workers: int, cells: list[Cell], place: Workplace, work: Path, monkeypatch: pytest.MonkeyPatch

@@ -65,6 +65,7 @@ def test_a_record_has_the_keys_of_the_committed_ones(
     assert str(place.output) not in RecordStore(place.records).path(cell).read_text()
 
 
+@pytest.mark.promise("a cell of a table interrupted", "goes on from its checkpoint")
 def test_an_interrupted_training_goes_on_from_its_checkpoint(
     cell: Cell, place: Workplace, fake_loop: Any, measured: Any
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from breaking import room
 from dinobench.tables.cells import Cells
 from dinobench.tables.contents import Contents, fill
 from dinobench.tables.definition import Table
@@ -14,6 +15,7 @@ from dinobench.tables.drawing import draw, numbers
 from dinobench.tables.listing import write_index
 from dinobench.tables.records import RecordStore
 from dinobench.tables.writing import comma_separated, escape, latex, markdown, write_table
+from pretrain.errors import DinobenchError
 
 FOLDER = Path("results/tables/digits")
 
@@ -98,6 +100,20 @@ def test_written_again_nothing_changes_and_no_picture_is_drawn(contents: Content
     assert write_table(contents, folder) == []
     assert write_index([contents], folder.parent) == []
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()} == before
+
+
+@pytest.mark.promise("disk full: tables and their figures", "the old pages stay whole; exit 3")
+def test_a_table_that_does_not_fit_leaves_the_old_pages_whole(contents: Contents, tmp_path: Path) -> None:
+    folder = tmp_path / "results" / "tables" / "digits"
+    write_table(contents, folder)
+    for name in ("made.md", "made.csv", "made.png"):
+        (folder / name).write_bytes(b"stale" * 1000)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with room(100), pytest.raises(DinobenchError, match="cannot write .*free some space") as error:
+        write_table(contents, folder)
+    assert error.value.exit_code == 3
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert write_table(contents, folder)
 
 
 def test_new_numbers_are_written_and_drawn(contents: Contents, write_record: Callable, tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def test_fashion_mnist_is_read_from_idx_files(tmp_path: Path, folder: str, zippe
         open_dataset("fashion_mnist", "test", root=tmp_path)
 
 
+@pytest.mark.promise("damaged files of Fashion-MNIST or CIFAR-10", "named; exit 3")
 @pytest.mark.parametrize("damage", [lambda b: b[:-5], lambda b: b[:30], lambda b: b"", lambda b: b"\x01" * 90])
 def test_damaged_idx_files_are_named(tmp_path: Path, damage) -> None:
     folder = tmp_path / "fashion-mnist"
@@ -93,6 +94,7 @@ def test_pickles_of_cifar10_are_not_read(tmp_path: Path) -> None:
         open_dataset("cifar10", "train", root=tmp_path)
 
 
+@pytest.mark.promise("damaged files of Fashion-MNIST or CIFAR-10", "named; exit 3")
 def test_truncated_cifar10_is_named(tmp_path: Path) -> None:
     (tmp_path / "cifar-10-batches-bin").mkdir()
     (tmp_path / "cifar-10-batches-bin" / "test_batch.bin").write_bytes(bytes(3000))

@@ -136,6 +136,7 @@ def test_other_npz_contents_are_refused(tmp_path: Path, arrays: dict[str, np.nda
         open_npz(tmp_path / "x.npz", "train", "x")
 
 
+@pytest.mark.promise("a damaged .npz of images", "named; exit 3")
 def test_a_damaged_npz_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.npz").write_bytes(b"PK\x03\x04 not an archive")
     with pytest.raises(DinobenchError, match=r"x\.npz"):

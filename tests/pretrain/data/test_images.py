@@ -84,6 +84,7 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
         np.testing.assert_allclose(np.array(found), 128, atol=1)
 
 
+@pytest.mark.promise("damaged images when a set is opened", "left out up to the limit, named")
 def test_unreadable_images_are_left_out_up_to_the_limit(write_images: Write, caplog: pytest.LogCaptureFixture) -> None:
     root = write_images("data", [f"{c}/{k}.png" for c in "ab" for k in range(5)])
     (root / "a/1.png").write_bytes(b"<html>404</html>")
@@ -97,6 +98,7 @@ def test_unreadable_images_are_left_out_up_to_the_limit(write_images: Write, cap
         images.checked(0.1)
 
 
+@pytest.mark.promise("an image that breaks during a training", "replaced by the same other one, named once")
 def test_an_image_that_breaks_later_is_replaced_by_the_next_of_its_class(
     write_images: Write, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -40,6 +40,7 @@ def test_every_kind_of_store_holds_the_same_files(write_images: Callable[..., Pa
             assert store.sizes[name] == (root / name).stat().st_size
 
 
+@pytest.mark.promise("an archive of images cut short", "named; exit 3")
 @pytest.mark.parametrize("kind", ["pack.tar", "pack.tar.gz", "pack.zip"])
 def test_a_truncated_archive_is_named(write_images: Callable[..., Path], tmp_path: Path, kind: str) -> None:
     archive = pack(write_images("data", NAMES), tmp_path / kind)

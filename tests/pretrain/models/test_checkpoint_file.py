@@ -56,6 +56,7 @@ def test_value_that_needs_unpickling_is_refused_when_saved(tmp_path: Path, value
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.promise("a checkpoint's write fails", "the old file stays whole")
 def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "last.pt"
     save(path, {"step": 1})
@@ -71,6 +72,7 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.promise("a kill while a checkpoint is written", "its leftover is overwritten, last.pt whole")
 def test_leftover_of_a_killed_process_is_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     (tmp_path / ".last.pt.tmp").write_bytes(b"half")
@@ -97,6 +99,7 @@ def test_folder_is_refused_with_the_checkpoints_in_it(tmp_path: Path) -> None:
         read(tmp_path)
 
 
+@pytest.mark.promise("a checkpoint cut short", "named as such; exit 3")
 @pytest.mark.parametrize("part", [0.3, 0.99])
 def test_truncated_file_is_named_as_such(tmp_path: Path, part: float) -> None:
     path = tmp_path / "a.pt"
@@ -116,6 +119,7 @@ def test_file_that_is_no_checkpoint_is_named_as_such(tmp_path: Path, content: by
         read(path)
 
 
+@pytest.mark.promise("a checkpoint with damaged bytes", "a sentence, no traceback")
 def test_damaged_files_never_show_a_traceback(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     save(path, {"weights": torch.arange(8), "step": 3})

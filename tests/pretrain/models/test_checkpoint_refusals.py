@@ -99,6 +99,7 @@ def test_partial_backbone_loads_only_when_told_and_says_so(tmp_path: Path, state
     assert not torch.equal(model.backbone.state_dict()["blocks.1.attn.proj.weight"], gone)
 
 
+@pytest.mark.promise("a checkpoint with NaN weights", "refused at the evaluation, tensor named")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path, state: State, value: float) -> None:
     state["norm.weight"] = state["norm.weight"].index_fill(0, torch.tensor([3]), value)

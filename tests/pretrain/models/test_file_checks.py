@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from pretrain.errors import DinobenchError
-from pretrain.models import file_checks
+from pretrain.models import file_checks, pickle_checks
 from pretrain.models.checkpoint_file import read, save, save_safetensors
 
 
@@ -224,7 +224,7 @@ def test_memory_asked_for_by_a_number_is_refused(tmp_path: Path) -> None:
 
 
 def test_endless_pickle_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_checks, "MAX_OPCODES", 1000)
+    monkeypatch.setattr(pickle_checks, "MAX_OPCODES", 1000)
     (tmp_path / "a.pt").write_bytes(pickle.dumps(list(range(2000)), protocol=2))
     with pytest.raises(DinobenchError, match="more than 1000 pickle instructions"):
         read(tmp_path / "a.pt")

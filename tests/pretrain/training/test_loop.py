@@ -53,6 +53,7 @@ def _interrupt_at(step, number=signal.SIGTERM):
     return progress
 
 
+@pytest.mark.promise("SIGTERM at any step", "resumed, weights and log are those of the undisturbed run")
 @pytest.mark.parametrize("stop_at", [1, 4, 5, 9])
 def test_stopping_at_any_step_and_resuming_gives_the_same_weights_and_log(stop_at, tmp_path):
     recipe = _recipe()
@@ -74,6 +75,7 @@ def test_stopping_at_any_step_and_resuming_gives_the_same_weights_and_log(stop_a
     assert without_speed(parts) == without_speed(whole)
 
 
+@pytest.mark.promise("the time of a job ends", "a checkpoint; resumed to equal weights")
 def test_after_its_minutes_a_run_stops_with_a_checkpoint_and_goes_on_when_resumed(tmp_path, monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr("pretrain.training.stop.monotonic", lambda: clock[0])
@@ -95,6 +97,7 @@ def test_after_its_minutes_a_run_stops_with_a_checkpoint_and_goes_on_when_resume
         assert torch.equal(value, _weights(folder)[name]), name
 
 
+@pytest.mark.promise("SIGUSR1 or SIGUSR2 during a training", "a checkpoint after the step in progress")
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
 def test_the_signals_of_slurm_end_a_training_with_a_checkpoint(number, tmp_path):
     outcome = train(_recipe(), folder=tmp_path, progress=_interrupt_at(2, number))
@@ -144,6 +147,7 @@ def test_every_interval_logs_health_prototypes_schedules_and_speed(tmp_path):
     assert all(name.count("/") == 1 for name in metrics)
 
 
+@pytest.mark.promise("NaN in the loss", "metric and step named; last good checkpoint kept")
 def test_a_loss_that_is_not_finite_stops_with_metric_and_step_and_keeps_the_last_good_checkpoint(tmp_path):
     recipe = _recipe("checkpoint.every_steps=1", "runtime.log_every=5", "schedule.epochs=3")
     original = CheckpointFolder.write
@@ -163,6 +167,7 @@ def test_a_loss_that_is_not_finite_stops_with_metric_and_step_and_keeps_the_last
     assert all(torch.isfinite(value).all() for value in payload["student"].values())
 
 
+@pytest.mark.promise("the targets collapse", "named and stopped; exit 4")
 def test_a_collapsed_run_is_named_and_stopped(tmp_path):
     # A teacher so warm that every target is flat.
     recipe = _recipe(
@@ -205,3 +210,96 @@ def test_a_healthy_run_never_triggers_the_collapse_stop(method, tmp_path):
 def test_what_cannot_work_is_refused_before_the_first_step(override, message, tmp_path):
     with pytest.raises(UsageError, match=message):
         train(_recipe(override), folder=tmp_path)
+
+
+def _damage(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.unlink()  # not through a second name of the same file
+    path.write_bytes(content)
+
+
+@pytest.mark.promise("a flipped bit in last.pt", "resume goes on from the newest whole checkpoint to the same weights")
+def test_where_last_pt_is_damaged_a_run_resumes_from_the_newest_whole_checkpoint(tmp_path):
+    recipe = _recipe()
+    train(recipe, folder=tmp_path / "whole")
+    train(recipe, folder=tmp_path / "parts", progress=_interrupt_at(7))
+    _damage(tmp_path / "parts" / "checkpoints" / "last.pt")
+    again = []
+    assert train(recipe, folder=tmp_path / "parts", resume=True, progress=again.append).status == "finished"
+    assert again[0].step == 6  # after step 5, which was kept
+    for name, value in _weights(tmp_path / "whole").items():
+        assert torch.equal(value, _weights(tmp_path / "parts")[name]), name
+
+
+class _Writer:
+    """A trainer of which only the writing is of interest: it writes a step and may spoil the file."""
+
+    def __init__(self):
+        self.spoil, self.full = False, False
+
+    def save(self, path, step):
+        if self.full:
+            raise DinobenchError(f"cannot write {path} ([Errno 28] No space left on device)")
+        checkpoint.save(path, {"format": checkpoint.FORMAT, "step": step, "student": {"w": torch.ones(1000)}})
+        if self.spoil:
+            path.write_bytes(path.read_bytes()[:2000])
+
+
+@pytest.mark.promise("last.pt cut short, gone, or with a flipped bit", "the newest whole checkpoint is resumed from")
+@pytest.mark.parametrize("damage", ["cut short", "gone", "flipped bit"])
+def test_the_newest_whole_checkpoint_is_resumed_from(damage, tmp_path):
+    files, writer = CheckpointFolder(tmp_path, keep=2), _Writer()
+    for step, kept in ((5, True), (10, True), (12, False)):
+        files.write(writer, step, kept=kept)
+    assert files.resume_from() == files.last
+    _damage(files.path(10))
+    if damage == "cut short":
+        files.last.write_bytes(files.last.read_bytes()[:-1000])
+    elif damage == "gone":
+        files.last.unlink()
+    else:
+        _damage(files.last)
+    assert files.resume_from() == files.path(5)
+
+
+@pytest.mark.promise("every checkpoint of a run damaged", "resume refuses by name; it does not begin again unasked")
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(tmp_path):
+    files = CheckpointFolder(tmp_path, keep=2)
+    assert files.resume_from() is None
+    files.write(_Writer(), 5, kept=True)
+    for file in (files.last, files.path(5)):
+        _damage(file)
+    with pytest.raises(DinobenchError, match=r"last.pt is damaged.* record .*step=00000005.pt is damaged.*--new"):
+        files.resume_from()
+
+
+@pytest.mark.promise("a checkpoint that is not whole on disk, or no room for it", "the last good one is never removed")
+@pytest.mark.parametrize("trouble", ["spoil", "full"])
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_last_good_checkpoint_stays_when_the_next_one_is_not_whole(keep, trouble, tmp_path):
+    files, writer = CheckpointFolder(tmp_path, keep), _Writer()
+    for step in (5, 10):
+        files.write(writer, step, kept=True)
+    setattr(writer, trouble, True)
+    with pytest.raises(DinobenchError, match="damaged|No space left"):
+        files.write(writer, 15, kept=True)
+    assert checkpoint.read(files.resume_from())["step"] == 10
+    assert [checkpoint.read(path)["step"] for path in files.kept()[:keep]] == [5, 10][-keep:]
+    setattr(writer, trouble, False)
+    files.write(writer, 15, kept=True)
+    assert [checkpoint.read(path)["step"] for path in files.kept()] == [5, 10, 15][-keep:]
+
+
+@pytest.mark.promise("a damaged checkpoint of a later step", "it does not count as kept, and displaces no good one")
+def test_a_damaged_later_checkpoint_displaces_no_good_one(tmp_path):
+    files, writer = CheckpointFolder(tmp_path, keep=1), _Writer()
+    for step in (20, 30):
+        writer.save(files.path(step), step)
+        _damage(files.path(step))
+    (tmp_path / "step=copy.pt").write_bytes(b"of the user")
+    files.write(writer, 15, kept=True)
+    assert (files.path(15).is_file(), (tmp_path / "step=copy.pt").is_file()) == (True, True)
+    assert files.resume_from() == files.last
+    files.last.unlink()
+    assert files.resume_from() == files.path(15)

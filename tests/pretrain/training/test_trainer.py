@@ -126,6 +126,7 @@ def test_prototypes_stay_put_while_frozen():
     assert not torch.equal(before, trainer.method.student.head.last_layer.vectors())
 
 
+@pytest.mark.promise("a checkpoint of another recipe in the folder", "told by both ids; exit 3")
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
     one = tiny_trainer(tiny_recipe("dino"))
     one.save(tmp_path / "last.pt", 0)
@@ -139,6 +140,7 @@ def test_a_batch_that_cannot_be_divided_names_a_multiple():
         local_batch_size(64, world_size=2, accumulate=3)
 
 
+@pytest.mark.promise("a GPU that is not there", "told with what to do; exit 3")
 def test_a_missing_device_says_what_to_do():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
