@@ -12,12 +12,15 @@ import os
 import re
 import tempfile
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 from pretrain.errors import DinobenchError
 
+SHORTEST_SECRET = 4
+"""Characters of a password that is hidden wherever it stands; a shorter one only in an address."""
 VIEW = "workflowType=machine_learning"
 
 
@@ -31,8 +34,24 @@ def tracking_uri(output: Path) -> str:
 
 
 def masked(text: str) -> str:
-    """Text with the passwords of its URLs hidden."""
-    return re.sub(r"(://[^/\s:@]*):\S+@", r"\1:***@", text)
+    """Text with the passwords of its URLs hidden, and with those that the environment holds."""
+    for secret in _secrets():
+        text = text.replace(secret, "***")
+    text = re.sub(r"(://[^/\s:@]*):[^\s'\"]+@", r"\1:***@", text)
+    text = re.sub(r"://[^/\s:@'\"]+@", "://***@", text)  # a token in place of name and password
+    return re.sub(r"([?&](?:\w*password|passwd|pwd|\w*token|\w*secret|\w*key)=)[^&\s'\"#]+", r"\1***", text, flags=re.I)
+
+
+def _secrets() -> list[str]:
+    """Passwords and tokens for MLflow, as they are written in an address and as they are meant; the longest first."""
+    address = os.environ.get("MLFLOW_TRACKING_URI", "")
+    user_info = re.search(r"://([^/\s:@]*)(?::(\S+))?@", address)
+    found = {os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("PASSWORD", "TOKEN")}
+    if user_info is not None:
+        found.add(user_info[2] if user_info[2] is not None else user_info[1])
+    found |= {urllib.parse.unquote(secret) for secret in found}
+    # of shorter ones the text would be full, and hiding them would tell them
+    return sorted((secret for secret in found if len(secret) >= SHORTEST_SECRET), key=len, reverse=True)
 
 
 def without_credentials(uri: str) -> str:
@@ -76,7 +95,15 @@ def probe(uri: str, timeout: float = 3.0) -> None:
             "%2F, or give it in MLFLOW_TRACKING_PASSWORD"
         ) from error
     except (OSError, http.client.HTTPException) as error:
-        raise TrackingUnavailable(f"the MLflow server {masked(uri)} does not answer ({error})") from error
+        raise TrackingUnavailable(masked(f"the MLflow server {uri} does not answer ({error})")) from error
+
+
+def give_home() -> None:
+    """MLflow cannot be imported by a user without a home, as in a container: a temporary one will do."""
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = tempfile.gettempdir()
 
 
 def charts_page(base: str, experiment: str) -> str:

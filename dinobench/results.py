@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dinobench.files import make_folder, read_json, slug, write_bytes, write_json
 from pretrain.errors import DinobenchError
@@ -39,7 +39,7 @@ class Result(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: int = SCHEMA
-    suite: str
+    suite: str = Field(pattern=r"^[^/@]+@[0-9]{1,9}$")
     """<name>@<version>"""
     suite_fingerprint: str
     protocol: str
@@ -59,6 +59,22 @@ class Result(BaseModel):
     """Whether this answer came from stored work: a stored result, or stored features."""
     notes: list[str] = []
     """What a reader of the scores should know."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Result:
+        """What every reader takes for granted of the parts without a type of their own."""
+        facts, images = self.provenance, self.receipt.get("dataset") or {}
+        if self.headline not in self.scores:
+            raise ValueError(f"the headline {self.headline!r} is none of its scores")
+        for name in ("step", "images_seen"):
+            if not isinstance(facts.get(name), int | None):
+                raise ValueError(f"provenance.{name} is {facts[name]!r}, not a number")
+        for name, value in (("sha256", facts.get("sha256")), ("data", self.receipt.get("data"))):
+            if not isinstance(value, str | None):
+                raise ValueError(f"{name} is {value!r}, not a text")
+        if not isinstance(images, dict) or not all(isinstance(part, dict) for part in images.values()):
+            raise ValueError("receipt.dataset does not say what the images were")
+        return self
 
     @property
     def score(self) -> float:

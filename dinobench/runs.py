@@ -130,11 +130,11 @@ class RunFolder:
 
     def recipe(self) -> dict[str, Any]:
         """The resolved recipe as plain data."""
-        import yaml
+        from pretrain.mapping import parse_yaml
 
         try:
-            recipe = yaml.safe_load(self.recipe_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            recipe = parse_yaml(self.recipe_file.read_text(encoding="utf-8"), str(self.recipe_file))
+        except (OSError, ValueError) as error:
             raise DinobenchError(f"cannot read {self.recipe_file}: it is missing or damaged; {_REWRITE}") from error
         if not isinstance(recipe, dict):
             raise DinobenchError(f"{self.recipe_file} is not a recipe: it was altered or damaged; {_REWRITE}")
@@ -148,7 +148,10 @@ class RunFolder:
 
     def cell(self) -> str | None:
         """The cell of a table that this run was made for, if it was."""
-        return read_json(self.cell_file)["key"] if self.cell_file.is_file() else None
+        document = read_json(self.cell_file) if self.cell_file.is_file() else {"key": None}
+        if not isinstance(document, dict) or not isinstance(document.get("key"), str | None):
+            raise DinobenchError(f"{self.cell_file} was altered or damaged: it names no cell; move it away")
+        return document.get("key")
 
     def starts(self) -> list[dict[str, Any]]:
         """environment.json: machine, versions, commit and command of every start, the oldest first."""

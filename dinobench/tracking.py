@@ -27,6 +27,7 @@ from dinobench.addresses import (
     TrackingUnavailable,
     as_unavailable,
     database_file,
+    give_home,
     is_server,
     lock_file,
     masked,
@@ -58,6 +59,8 @@ PRETRAIN_TEXT = (
     "the checkpoints."
 )
 DEFAULTS = {
+    # mlflow would report to its makers what it is used for
+    "MLFLOW_DISABLE_TELEMETRY": "true",
     # mlflow prints a link to stdout, which belongs to results
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "1",
     # mlflow's own: 7 retries of 120 s, a dead server would hold a call for minutes
@@ -86,6 +89,7 @@ def connect(uri: str) -> Store:
         os.environ.setdefault(name, value)
     if file := database_file(uri):
         make_folder(file.parent)
+    give_home()
     try:
         mlflow = importlib.import_module("mlflow")
     except ImportError as error:

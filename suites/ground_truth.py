@@ -8,7 +8,7 @@ the database images and of the queries; `gnd`, per query the lists `easy`, `hard
     hard      find hard;           ignore junk and easy
 
 A pickle may name classes to be built, which runs code. The original files hold plain lists only, so a file that names
-any class is refused.
+any class is refused. So is one of a few bytes that would take the memory or the time of a machine, see `_check`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import pickletools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -81,6 +82,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 def _load_pickle(content: bytes, path: Path) -> Any:
     try:
+        _check(content)
         return _PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
     except DinobenchError as error:
         raise DinobenchError(
@@ -90,6 +92,29 @@ def _load_pickle(content: bytes, path: Path) -> Any:
     # A damaged pickle makes the reader raise errors of every kind.
     except Exception as error:
         raise DinobenchError(f"cannot read the pickle {path} ({error}): is the download complete?") from error
+
+
+def _check(content: bytes) -> None:
+    """Refuse what Python's reader would do without end. The instructions are listed, none is followed.
+
+    A value with the number 2^32 - 1 makes it take 64 GiB for the list of numbers; a tuple that holds another one twice,
+    which holds another one twice, and so on, is hashed for years; so none may be used again.
+
+    Raises:
+        ValueError: one of these, or the instructions end too early.
+    """
+    tuples: set[int] = set()
+    number, before = 0, ""
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name.endswith("PUT") or opcode.name == "MEMOIZE":
+            place = int(number if argument is None else argument)
+            if place > len(content):
+                raise ValueError(f"it numbers a value {place}, and holds {len(content)} bytes")
+            number += 1
+            (tuples.add if before.startswith("TUPLE") else tuples.discard)(place)
+        elif opcode.name.endswith("GET") and argument in tuples:
+            raise ValueError("it uses a tuple twice, and there is none in a ground truth")
+        before = opcode.name
 
 
 def _load_json(content: bytes, path: Path) -> Any:
@@ -102,7 +127,7 @@ def _load_json(content: bytes, path: Path) -> Any:
 def _parse(content: Any, path: Path) -> GroundTruth:
     expected = "imlist, qimlist and gnd with the lists easy, hard and junk of every query"
     try:
-        images, queries = (tuple(str(name) for name in content[key]) for key in ("imlist", "qimlist"))
+        images, queries = (_names(content[key]) for key in ("imlist", "qimlist"))
         lists = {key: tuple(_numbers(query[key]) for query in content["gnd"]) for key in ("easy", "hard", "junk")}
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise DinobenchError(f"{path} is no ground truth: expected {expected}; found a problem at {error}") from error
@@ -110,13 +135,19 @@ def _parse(content: Any, path: Path) -> GroundTruth:
         raise DinobenchError(f"{path} names {len(queries)} queries and answers {len(lists['easy'])}")
     outside = [n for key in lists.values() for numbers in key for n in numbers if not 0 <= n < len(images)]
     if outside:
-        raise DinobenchError(f"{path} refers to image {outside[0]}, its list has {len(images)}")
+        raise DinobenchError(f"{path} refers to image {min(outside[0], 10**9)}, its list has {len(images)}")
     return GroundTruth(images, queries, **lists)
+
+
+def _names(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError(f"a {type(values).__name__}: not a list of names")
+    return tuple(values)
 
 
 def _numbers(values: Any) -> tuple[int, ...]:
     if not isinstance(values, list) or not all(type(value) is int for value in values):
-        raise TypeError(f"{str(values)[:40]}: not a list of whole numbers")
+        raise TypeError(f"a {type(values).__name__}: not a list of whole numbers")
     return tuple(values)
 
 

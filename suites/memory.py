@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable
 
@@ -45,7 +44,6 @@ class InHalves:
             self.limit = (size + 1) // 2
             log.warning("out of memory at %d images at once, going on with %d", size, self.limit)
             # not where the error is caught: until then its traceback holds the tensors
-            gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 

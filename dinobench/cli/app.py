@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import signal
 import sys
@@ -67,6 +68,10 @@ def run(arguments: list[str]) -> int:
     # accepted anywhere on the line: the one who needs it adds it at the end of the command that failed
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    # names of files may hold what no terminal can show: half a character, or é where the locale is C
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _terminate)
     for name in ("SIGHUP", "SIGUSR1", "SIGUSR2"):  # Windows has none of them
         number = getattr(signal, name, None)

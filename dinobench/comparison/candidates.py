@@ -233,7 +233,9 @@ def read_record(path: Path) -> Candidate:
         for suite, entry in record.results.items()
     }
     facts = record.provenance
-    checkpoint = Checkpoint(int(facts.get("step") or 0), int(facts.get("images_seen") or 0), scores)
+    if not all(isinstance(facts.get(name), int | None) for name in ("step", "images_seen")):
+        raise DinobenchError(f"{path} was altered or damaged: its step or images_seen is no number; move it away")
+    checkpoint = Checkpoint(facts.get("step") or 0, facts.get("images_seen") or 0, scores)
     return Candidate(path, _method(record), record.seed, facts, (checkpoint,), recorded=dict(record.curve))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from pretrain.errors import UsageError, unknown_name
+from pretrain.errors import DinobenchError, UsageError, unknown_name
 
 FILE = Path(__file__).parent.parent / "published.csv"
 
@@ -67,9 +67,16 @@ class Key(BaseModel):
 
 @cache
 def figures() -> tuple[Figure, ...]:
-    """Every figure, in the order of the file."""
-    with FILE.open(encoding="utf-8", newline="") as file:
-        return tuple(Figure(**row) for row in csv.DictReader(file))
+    """Every figure, in the order of the file.
+
+    Raises:
+        DinobenchError: the file is missing or damaged.
+    """
+    try:
+        with FILE.open(encoding="utf-8", newline="") as file:
+            return tuple(Figure(**row) for row in csv.DictReader(file, strict=True))
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise DinobenchError(f"{FILE} was altered or damaged ({error}): install dinobench again") from error
 
 
 def find_figure(key: Key) -> Figure:

@@ -134,7 +134,15 @@ def read_record(file: Path) -> Record:
     if not isinstance(content, dict) or not content.keys() >= KEYS:
         lacking = sorted(KEYS - set(content if isinstance(content, dict) else ()))
         raise DinobenchError(f"{file} is not a record: it lacks {', '.join(lacking)}; move it away to measure again")
-    return Record(file, content)
+    record = Record(file, content)
+    try:
+        made_from = record.made_from
+        sound = isinstance(made_from["science"], str) and all(hasattr(r, "get") for r in content["results"].values())
+    except (KeyError, TypeError, ValueError, AttributeError):
+        sound = False
+    if not sound:
+        raise DinobenchError(f"{file} was altered or damaged: it does not say what it was made from; move it away")
+    return record
 
 
 @cache

@@ -25,6 +25,8 @@ SECONDS = 600.0
 """A command that has not ended by then hangs."""
 ORPHAN_SECONDS = 180.0
 """For the workers of a killed process to write their checkpoint and end."""
+LATE_EVENTS = 30
+"""A command that is told to stop touches fewer files after that."""
 COLD = """
 import sys
 sys.path.append({folder!r})
@@ -64,6 +66,14 @@ class End:
     events: list[Event]
     killed: float | None
     """When the signal was sent; None where the command ended before."""
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the command had done its work when the signal came, and ended well; else it did not obey."""
+        assert self.killed is not None
+        after = [event for seconds, event in self.events if seconds > self.killed]
+        assert self.code != 0 or len(after) < LATE_EVENTS, f"the signal was ignored; after it came {after}"
+        return self.code == 0
 
     @property
     def doing(self) -> str:

@@ -24,20 +24,10 @@ from suites.rows import checksum
 
 CLOCK = ("speed/",)
 """Metrics that a clock measured."""
-TIMES = {
-    "seconds",
-    "wall_seconds",
-    "created",
-    "images_per_second",
-    "other_seconds",
-    "time",
-    "code",
-    "path",
-    "checkpoint",
-    "sha256",
-}
-"""Keys of results and records that say when, how fast, in which folder, from which commit and from which file: equal
-weights are not the same bytes, because pickle writes a string once or twice, as it finds one object or two."""
+TIMES = {"seconds", "wall_seconds", "other_seconds", "images_per_second", "created", "time", "from_cache", "code"}
+PLACES = {"path", "checkpoint", "sha256"}
+"""Keys of results and records that say when, how fast, from which commit, from which file. The bytes of two files with
+equal weights differ: pickle writes a string once or twice, as it finds one object or two."""
 TEMPORARY = re.compile(r"\.tmp$|\.new(-journal)?$|^\.writing-|^\.write-test|\.spare$|\.uploading\.")
 
 
@@ -100,14 +90,16 @@ def results(run: RunFolder) -> list[Any]:
     """Results with their per-image values, without times."""
     found = ResultStore(run.path).all()
     samples = [run.path / "samples" / each.suite / f"{each.provenance['sha256'][:16]}.parquet" for each in found]
-    documents = [untimed(result.model_dump(mode="json", exclude={"from_cache"})) for result in found]
+    documents = [untimed(result.model_dump(mode="json")) for result in found]
     return [documents, [pd.read_parquet(path).to_dict("list") for path in samples]]
 
 
 def untimed(value: Any) -> Any:
-    """A document without the keys of `TIMES`."""
+    """A document without the keys of `TIMES` and `PLACES`."""
     if isinstance(value, dict):
-        return {key: untimed(item) for key, item in value.items() if key not in TIMES}
+        return {
+            key: untimed(item) for key, item in value.items() if key not in TIMES | PLACES and not key.startswith(CLOCK)
+        }
     return [untimed(item) for item in value] if isinstance(value, list) else value
 
 

@@ -33,6 +33,8 @@ from pretrain.training.recipe import Recipe, resolve
 from suites.cache import FeatureCache, content_key
 from suites.rows import RowFile
 
+# of MLflow and SQLAlchemy
+pytestmark = pytest.mark.filterwarnings("ignore")
 PROCESSES = 8
 TINY = [
     "schedule.epochs=2",
@@ -72,6 +74,7 @@ class Machine:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.output = folder, folder / "runs"
+        folder.mkdir(exist_ok=True)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["dinobench.cli.app", "dinobench.train", "suites.measure", "mlflow"])
         self._started: list[tuple[BaseProcess, Path]] = []
@@ -129,16 +132,15 @@ def points_in(client: Any, run_id: str) -> Counter[tuple[str, int]]:
 @pytest.mark.faults
 @pytest.mark.promise(
     "8 processes train, evaluate and log into one store and one cache",
-    "all exit 0; every point and result is there, whole and once",
+    "all exit 0; every result is whole and there once; every point is in the store once, at the latest after `runs sync`",
 )
 def test_eight_processes_share_a_store_and_a_cache(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch, count: Callable
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, count: Callable, figure: Callable
 ) -> None:
     import mlflow
 
-    monkeypatch.setenv(
-        "DINOBENCH_CACHE_GB", str(200_000 / 2**30)
-    )  # room for two or three entries: they displace each other
+    # room for two or three entries: they displace each other
+    monkeypatch.setenv("DINOBENCH_CACHE_GB", str(200_000 / 2**30))
     ready = trained(machine.output)
     for method, seed in (("dino", 0), ("dino", 1), ("dino_vmf", 0), ("simclr", 0), ("byol", 0)):
         machine.start(*tiny(method, output=machine.output), "--seed", str(seed))
@@ -147,21 +149,27 @@ def test_eight_processes_share_a_store_and_a_cache(
     found = machine.wait()
     assert [code for code, _, _ in found] == [0] * PROCESSES, "\n".join(err[-1500:] for code, _, err in found if code)
     count(processes=PROCESSES)
+    # On a machine that is busy with other things the store may be out of reach for a minute; a run says so and is synced.
+    late = [run for run in list_runs(machine.output) if not run.state().mirrored and run.path != ready.path]
+    said = [err for _, _, err in found if "MLflow does not show all of this run" in err]
+    assert len(late) == len(said) and all(f"dinobench runs sync {run.path}" in "".join(said) for run in late)
+    figure(runs_synced_after_the_concurrency_test=len(late))
+    syncing = Machine(machine.folder / "sync")
+    syncing.start("runs", "sync", "--output", str(machine.output))
+    assert [code for code, _, _ in syncing.wait()] == [0]
 
     client = mlflow.MlflowClient(tracking_uri=os.environ["MLFLOW_TRACKING_URI"])
     (experiment,) = [e for e in client.search_experiments() if e.name == "dinobench/pretrain"]
     logged = client.search_runs([experiment.experiment_id])
     by_folder = {run.data.tags["run.folder"]: run for run in logged}
-    assert len(logged) == len(by_folder) == 5  # the ready one was trained with tracking off
+    assert len(logged) == len(by_folder) == 6
     assert not list(machine.folder.rglob(".*.tmp"))
     for run in list_runs(machine.output):
         assert run.state().status == "finished"
         results = ResultStore(run.path).all()
         assert len({(result.suite, result.checkpoint) for result in results}) == len(results)
         assert len([result for result in results if result.suite == "digits_knn@1"]) == 2
-        if run.path == ready.path:
-            assert len(results) == 4
-            continue
+        assert len(results) == (4 if run.path == ready.path else 2)
         assert run.state().mirrored
         points = points_in(client, by_folder[str(run.path.absolute())].info.run_id)
         wanted = {(key, point.step) for point in run.journal.read() for key in point.finite()}

@@ -215,6 +215,7 @@ def test_a_file_that_does_not_fit_leaves_the_old_one_whole(write: Callable[[Path
     assert path.read_bytes() != before
 
 
+@pytest.mark.slow
 @pytest.mark.promise("disk full while figures are drawn", "the run is finished and evaluated all the same; it is said")
 def test_figures_that_do_not_fit_end_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, content: bytes) -> None:
@@ -263,6 +264,7 @@ def test_a_cache_that_is_full_costs_time_and_not_the_result(kind: str, tmp_path:
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.promise("a file where the cache folder should be", "the evaluation gives its scores; it is said")
 def test_a_cache_folder_that_is_a_file_costs_time_and_not_the_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,8 @@ import pytest
 
 from dinobench.journal import Journal
 
+# of MLflow and SQLAlchemy
+pytestmark = pytest.mark.filterwarnings("ignore")
 STEPS, EVERY, WARM = 20_000, 500, 4_000
 LIMIT_MB = 1.0
 """Of memory per 1,000 steps, after WARM steps."""
