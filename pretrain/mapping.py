@@ -9,6 +9,9 @@ import yaml
 
 from pretrain.errors import UsageError
 
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""That of libyaml wherever PyYAML has it: ten times as fast, and a table reads hundreds of recipes."""
+
 
 def read_mapping(path: Path, *, kind: str, holds: str) -> dict[str, Any]:
     """The mapping in a YAML file.
@@ -22,7 +25,7 @@ def read_mapping(path: Path, *, kind: str, holds: str) -> dict[str, Any]:
         UsageError: the file cannot be read, is not valid YAML, or holds something else.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), LOADER)
     except OSError as error:
         raise UsageError(f"cannot read the {kind} {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
