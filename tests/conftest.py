@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 # Read once, when torch, FAISS and huggingface_hub are imported: so they are set before any of them is.
@@ -46,6 +48,26 @@ def _session_state_in_temporary_folder(tmp_path_factory: pytest.TempPathFactory)
 def _state_in_temporary_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test has a tracking store and a feature cache of its own; no test sees another's."""
     _keep_state_in(tmp_path_factory.getbasetemp() / "state" / os.urandom(8).hex(), monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def processes() -> ForkServerContext:
+    """Starts processes as forks of one that has imported what is large and none of ours: torch alone takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["timm", "pandas"])
+    return context
+
+
+@pytest.fixture(scope="session")
+def start_ranks(processes: ForkServerContext) -> Callable[..., None]:
+    """`start_ranks(function, *arguments)` is `function(rank, *arguments)` in as many processes as there are ranks."""
+
+    def start(function: Callable[..., None], *arguments: object, ranks: int = 2) -> None:
+        from torch import multiprocessing
+
+        multiprocessing.start_processes(function, arguments, nprocs=ranks, start_method=processes.get_start_method())
+
+    return start
 
 
 @pytest.fixture(scope="session")

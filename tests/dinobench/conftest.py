@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import suites.measure
+from dinobench import tracking
 from dinobench.evaluate import Evaluation, evaluate
 from dinobench.files import read_json, sha256, write_json
 from dinobench.results import Result, ResultStore
@@ -28,6 +29,14 @@ from suites.measure import Measurement
 from suites.suite import load_suite
 
 QUICK = ("schedule.epochs=2", "schedule.warmup_epochs=1", "head.num_prototypes=32", "evaluation.suites=[]")
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database with its tables and nothing else, to be copied: making one takes seconds."""
+    file = tmp_path_factory.mktemp("database") / "mlflow.db"
+    tracking.connect(f"sqlite:///{file}")
+    return file
 
 
 @pytest.fixture

@@ -30,14 +30,6 @@ with RunFolder(Path(sys.argv[1])).lock():
 """
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A new database, made once: it takes seconds."""
-    folder = tmp_path_factory.mktemp("store")
-    tracking.connect(f"sqlite:///{folder / 'mlflow.db'}")
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
 def store(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     (tmp_path / "runs").mkdir()

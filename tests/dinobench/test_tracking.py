@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -22,9 +23,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One database for all tests of the file: making its tables takes seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+def uri(tmp_path_factory: pytest.TempPathFactory, database: Path) -> str:
+    """One database for all tests of the file."""
+    return f"sqlite:///{shutil.copy(database, tmp_path_factory.mktemp('store'))}"
 
 
 @pytest.fixture

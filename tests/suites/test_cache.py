@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -101,15 +101,14 @@ def test_two_readers_at_once_compute_an_entry_once(tmp_path: Path) -> None:
 
 @pytest.mark.promise("two processes want the same features", "computed once")
 @pytest.mark.slow
-def test_two_processes_compute_an_entry_once(tmp_path: Path) -> None:
+def test_two_processes_compute_an_entry_once(tmp_path: Path, processes: ForkServerContext) -> None:
     log = tmp_path / "computed"
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=compute_slowly, args=(tmp_path / "cache", log)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0]
+    readers = [processes.Process(target=compute_slowly, args=(tmp_path / "cache", log)) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join(60)
+    assert [reader.exitcode for reader in readers] == [0, 0]
     assert len(log.read_text().split()) == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,7 @@ def lead(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, start_ranks: Callable[..., None]) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "images").mkdir()
     generator = torch.Generator().manual_seed(0)
@@ -103,7 +104,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in (5, 200):
         path = folder / "images" / f"{number:03}.png"
         path.write_bytes(path.read_bytes()[:300])
-    torch.multiprocessing.spawn(one_rank, (str(folder),), nprocs=RANKS)
+    start_ranks(one_rank, str(folder), ranks=RANKS)
     return folder
 
 

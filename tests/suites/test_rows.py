@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -70,8 +70,10 @@ def write_half_and_die(folder: str) -> None:
 
 @pytest.mark.promise("a kill while a cache entry is written", "never read, removed later")
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_a_process_killed_while_writing_leaves_nothing_that_is_read_and_what_it_left_is_removed(tmp_path: Path) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=write_half_and_die, args=(str(tmp_path),))
+def test_a_process_killed_while_writing_leaves_nothing_that_is_read_and_what_it_left_is_removed(
+    tmp_path: Path, processes: ForkServerContext
+) -> None:
+    process = processes.Process(target=write_half_and_die, args=(str(tmp_path),))
     process.start()
     process.join(120)
     assert process.exitcode == -signal.SIGKILL

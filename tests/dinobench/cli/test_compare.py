@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ from dinobench.cli import app
 RECORDS = Path(__file__).parents[3] / "results" / "digits" / "records"
 
 
-@pytest.fixture
-def runs(measurer: Any) -> Path:
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, measurer_in: Callable[[Path], Any]) -> Path:
+    """Read only: made once for all tests."""
+    measurer = measurer_in(tmp_path_factory.mktemp("compare") / "runs")
     for method, accuracy in {"dino": 80.0, "dino_vmf": 90.0}.items():
         for seed in range(5):
             measurer.run(method, seed, accuracy + seed * (1 + (method == "dino")) / 2)
@@ -90,9 +94,9 @@ def test_of_many_pairs_only_shown_differences_get_a_sentence(capsys: pytest.Capt
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_an_error_is_one_line(
-    arguments: list[str], code: int, said: str, runs: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], code: int, said: str, runs: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    monkeypatch.chdir(runs.parent.parent)
+    monkeypatch.chdir(tmp_path)
     assert app.run(["compare", *(str(runs) if part == "RUNS" else part for part in arguments)]) == code
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -102,14 +106,16 @@ def test_an_error_is_one_line(
 
 
 def test_suite_versions_are_not_mixed(runs: Path, measurer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(runs, measurer.output)
     other = measurer.run("dino_sk", 0, 90.0, steps=())
     measurer.measure(other, 0, 90.0, 40, suite="digits_knn@2")
-    assert app.run(["compare", str(runs), "seed=0"]) == 2
+    assert app.run(["compare", str(measurer.output), "seed=0"]) == 2
     assert "digits_knn@1 and digits_knn@2 are different measurements and are not mixed" in capsys.readouterr().err
 
 
 def test_data_fingerprints_are_not_mixed(runs: Path, measurer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(runs, measurer.output)
     other = measurer.run("dino_sk", 0, 90.0, steps=())
     measurer.measure(other, 0, 90.0, 40, receipt={"dataset": {"test": {"fingerprint": "e" * 40}}})
-    assert app.run(["compare", str(runs), "seed=0"]) == 3
+    assert app.run(["compare", str(measurer.output), "seed=0"]) == 3
     assert "were measured on different test images" in capsys.readouterr().err

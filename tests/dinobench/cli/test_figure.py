@@ -26,6 +26,8 @@ TINY = (
     "head.num_prototypes=12",
 )
 NAMES = ("vmf", "attention", "features", "prototypes", "collapse")
+QUICKEST, IMAGE = ("figure", "features"), "digits:test[4]"
+"""For tests of what becomes of the files, whatever they show."""
 
 
 @pytest.fixture
@@ -145,21 +147,21 @@ def test_figures_of_a_checkpoint_outside_a_run_folder(
 
 def test_the_output_folder_can_be_named(checkpoint: Path, tmp_path: Path, calls: list) -> None:
     target = tmp_path / "here"
-    assert app.run(["figure", "features", str(checkpoint), "--output", str(target)]) == 0
+    assert app.run([*QUICKEST, str(checkpoint), IMAGE, "--output", str(target)]) == 0
     assert sorted(path.suffix for path in target.iterdir()) == [".png", ".svg"]
     assert len(calls) == 1  # still a figure of the run
     (tmp_path / "file").touch()
-    assert app.run(["figure", "features", str(checkpoint), "--output", str(tmp_path / "file")]) == 3
+    assert app.run([*QUICKEST, str(checkpoint), IMAGE, "--output", str(tmp_path / "file")]) == 3
 
 
 def test_nothing_is_logged_when_not_asked_or_not_tracked(
     checkpoint: Path, tmp_path: Path, calls: list, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert app.run(["figure", "features", str(checkpoint), "--no-track"]) == 0
+    assert app.run([*QUICKEST, str(checkpoint), IMAGE, "--no-track"]) == 0
     untracked = find_run(resolve("dino", overrides=(*TINY, "tracking.enabled=false")), tmp_path / "other")
     untracked.create(resolve("dino", overrides=(*TINY, "tracking.enabled=false")))
     shutil.copy(checkpoint, untracked.last_checkpoint)
-    assert app.run(["figure", "features", str(untracked.last_checkpoint)]) == 0
+    assert app.run([*QUICKEST, str(untracked.last_checkpoint), IMAGE]) == 0
     assert calls == []
     assert "logged" not in capsys.readouterr().err
 
@@ -171,7 +173,7 @@ def test_a_dead_server_costs_a_warning(
         raise TrackingUnavailable("the MLflow server http://127.0.0.1:1 does not answer")
 
     monkeypatch.setattr(mirror, "log_figures", fail)
-    assert app.run(["figure", "features", str(checkpoint)]) == 0
+    assert app.run([*QUICKEST, str(checkpoint), IMAGE]) == 0
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 2
     assert "warning: not logged to MLflow: the MLflow server http://127.0.0.1:1 does not answer" in captured.err
@@ -179,20 +181,24 @@ def test_a_dead_server_costs_a_warning(
 
 @pytest.mark.filterwarnings("ignore")  # mlflow and what it imports announce their own deprecations
 def test_the_files_are_artifacts_of_the_run(
-    checkpoint: Path, run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    run: RunFolder,
+    database: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    uri = f"sqlite:///{run.path.parent / 'mlflow.db'}"
+    uri = f"sqlite:///{shutil.copy(database, run.path.parent)}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    assert app.run(["figure", "features", str(checkpoint)]) == 0
+    assert app.run([*QUICKEST, str(checkpoint), IMAGE]) == 0
     assert f"not logged: MLflow does not have {run.name}; `dinobench runs sync" in capsys.readouterr().err
     mirror.sync(run, uri)
-    assert app.run(["figure", "features", str(checkpoint)]) == 0
+    assert app.run([*QUICKEST, str(checkpoint), IMAGE]) == 0
     from mlflow import MlflowClient
 
     client = MlflowClient(uri)
     (logged,) = client.search_runs([client.get_experiment_by_name("dinobench/pretrain").experiment_id])
     names = {file.path for file in client.list_artifacts(logged.info.run_id, "figures")}
-    assert names == {"figures/features_step20.png", "figures/features_step20.svg"}
+    assert names == {f"figures/features_digits-test-4_step20.{suffix}" for suffix in ("png", "svg")}
 
 
 def test_collapse_finds_labelled_runs_and_logs_to_each(

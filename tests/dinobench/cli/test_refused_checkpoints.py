@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
+import os
 import sys
 import time
 import zipfile
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import numpy as np
@@ -122,11 +123,21 @@ def test_it_is_refused_with_exit_code_3_and_what_to_do(
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_process_ends_with_that_code(state: State, tmp_path: Path) -> None:
-    path = tmp_path / "a.pth"
-    truncated(path, state)
-    command = [sys.executable, "-c", "from dinobench.cli.app import main; main()", "eval", "--suite", "digits_knn"]
-    done = subprocess.run([*command, str(path)], capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert (done.returncode, done.stdout) == (3, "")
-    assert "truncated or damaged" in done.stderr
-    assert "Traceback" not in done.stderr
+def main(folder: Path, *arguments: str) -> None:
+    """The entry point of the console script; its output goes to files."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(folder)
+    sys.argv[1:] = arguments
+    app.main()
+
+
+def test_the_process_ends_with_that_code(state: State, tmp_path: Path, processes: ForkServerContext) -> None:
+    truncated(tmp_path / "a.pth", state)
+    process = processes.Process(target=main, args=(tmp_path, "eval", "--suite", "digits_knn", "a.pth"))
+    process.start()
+    process.join(120)
+    assert (process.exitcode, (tmp_path / "stdout").read_text()) == (3, "")
+    told = (tmp_path / "stderr").read_text()
+    assert "truncated or damaged" in told
+    assert "Traceback" not in told

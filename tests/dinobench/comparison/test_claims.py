@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,20 @@ SCORES = {
 }
 
 
-def make_lineup(measurer: Any, seeds: int = 5, suites: tuple[str, ...] = ("digits_knn",)) -> Any:
-    runs = [measurer.run(method, s, scores[s]) for method, scores in SCORES.items() for s in range(seeds)]
-    return line_up([read_run(run).only(suites) for run in runs])
+@pytest.fixture(scope="module")
+def make_lineup(tmp_path_factory: pytest.TempPathFactory, measurer_in: Callable[[Path], Any]) -> Callable[..., Any]:
+    """Of the first seeds of each method; the runs are made once for all tests."""
+    measurer = measurer_in(tmp_path_factory.mktemp("claims") / "runs")
+    runs = {method: [measurer.run(method, s, score) for s, score in enumerate(SCORES[method])] for method in SCORES}
+
+    def make(seeds: int = 5, suites: tuple[str, ...] = ("digits_knn",)) -> Any:
+        return line_up([read_run(run).only(suites) for of_method in runs.values() for run in of_method[:seeds]])
+
+    return make
 
 
-def test_methods_are_compared_over_seeds(measurer: Any) -> None:
-    found = compare(make_lineup(measurer))
+def test_methods_are_compared_over_seeds(make_lineup: Callable[..., Any]) -> None:
+    found = compare(make_lineup())
     assert found.claim == "methods"
     row = found.rows[0]
     assert (row.name, row.seeds, row.steps, row.n) == ("dino", [0, 1, 2, 3, 4], [40], 200)
@@ -43,14 +51,14 @@ def test_methods_are_compared_over_seeds(measurer: Any) -> None:
     assert found.pairs[1].sentence.endswith("not more than chance.")
 
 
-def test_more_of_a_count_of_prototypes_is_never_the_best(measurer: Any) -> None:
-    found = compare(make_lineup(measurer, suites=("digits_prototypes",)))
+def test_more_of_a_count_of_prototypes_is_never_the_best(make_lineup: Callable[..., Any]) -> None:
+    found = compare(make_lineup(suites=("digits_prototypes",)))
     assert found.best == {}
     assert "points" not in found.pairs[0].sentence
 
 
-def test_fewer_seeds_give_mean_and_spread_only(measurer: Any) -> None:
-    found = compare(make_lineup(measurer, seeds=4))
+def test_fewer_seeds_give_mean_and_spread_only(make_lineup: Callable[..., Any]) -> None:
+    found = compare(make_lineup(seeds=4))
     assert found.claim == "methods"
     assert all(row.interval is None and row.spread is not None for row in found.rows)
     assert all((pair.effect.p, pair.adjusted_p, pair.effect.interval) == (None, None, None) for pair in found.pairs)
@@ -59,8 +67,8 @@ def test_fewer_seeds_give_mean_and_spread_only(measurer: Any) -> None:
     assert any("claims about methods need 5 seeds" in note for note in found.notes)
 
 
-def test_checkpoints_are_compared_over_images(measurer: Any) -> None:
-    lineup = make_lineup(measurer, seeds=1)
+def test_checkpoints_are_compared_over_images(make_lineup: Callable[..., Any]) -> None:
+    lineup = make_lineup(seeds=1)
     found = compare(lineup)
     assert found.claim == "checkpoints"
     first, second = (place.score.per_image()["value"] for place in lineup.places["digits_knn@1"][:2])
@@ -74,8 +82,8 @@ def test_checkpoints_are_compared_over_images(measurer: Any) -> None:
     assert found.rows[0].interval == (78.0, 82.0)
 
 
-def test_checkpoints_may_be_asked_for(measurer: Any) -> None:
-    found = compare(make_lineup(measurer, seeds=2), "checkpoints")
+def test_checkpoints_may_be_asked_for(make_lineup: Callable[..., Any]) -> None:
+    found = compare(make_lineup(seeds=2), "checkpoints")
     assert len(found.rows) == 6
     assert len(found.pairs) == 15
     assert all(pair.effect.test == "McNemar mid-p" for pair in found.pairs)

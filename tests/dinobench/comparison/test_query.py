@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,9 @@ from dinobench.comparison.query import select, split_query
 from pretrain.errors import DinobenchError, UsageError
 
 
-@pytest.fixture
-def runs(measurer: Any) -> Path:
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, measurer_in: Callable[[Path], Any]) -> Path:
+    measurer = measurer_in(tmp_path_factory.mktemp("query") / "runs")
     for method in ("dino", "dino_vmf"):
         for seed in (0, 1):
             measurer.run(method, seed, 90.0)
@@ -43,12 +46,13 @@ def test_suites_are_chosen_by_name_or_version(runs: Path) -> None:
 
 
 def test_what_was_not_measured_is_named(runs: Path, measurer: Any) -> None:
+    shutil.copytree(runs, measurer.output)
     bare = measurer.run("dino_sk", 0, 80.0, steps=())
-    selection = select(["suite=digits_knn"], runs)
+    selection = select(["suite=digits_knn"], measurer.output)
     assert len(selection.candidates) == 4
     assert bare.name in selection.notes[0]
     with pytest.raises(DinobenchError, match="nothing to compare: left out, no stored result of digits_linear"):
-        select(["suite=digits_linear"], runs)
+        select(["suite=digits_linear"], measurer.output)
 
 
 def test_mistakes_are_named(runs: Path) -> None:

@@ -10,12 +10,18 @@ import numpy as np
 import pytest
 
 from dinobench.figures import vmf
+from dinobench.figures.drawing import Drawing
 
 
 def exact(kappa: Any, dim: int) -> Any:
     nu = mpmath.mpf(dim) / 2 - 1
     bessel = mpmath.log(mpmath.besseli(nu, kappa))
     return nu * mpmath.log(kappa) - mpmath.mpf(dim) / 2 * mpmath.log(2 * mpmath.pi) - bessel
+
+
+@pytest.fixture(scope="module")
+def errors() -> Drawing:
+    return vmf.draw_errors()
 
 
 @pytest.mark.parametrize("dim", [2, 16, 64, 256])
@@ -27,15 +33,14 @@ def test_the_reference_is_right_to_thirty_digits(dim: int, kappa: float) -> None
         assert abs(found - expected) < mpmath.mpf("1e-30") * max(1, abs(expected))
 
 
-def test_the_largest_errors_are_those_of_the_table_in_the_notes() -> None:
+def test_the_largest_errors_are_those_of_the_table_in_the_notes(errors: Drawing) -> None:
     """Leading form over kappa in [1e-3, 5000]: 2.7e-3 at p = 64, 6.6e-4 at p = 256."""
-    drawing = vmf.draw_errors()
-    largest = drawing.numbers["largest_error"]
+    largest = errors.numbers["largest_error"]
     assert f"{largest['p=64']['leading']:.1e}" == "2.7e-03"
     assert f"{largest['p=256']['leading']:.1e}" == "6.6e-04"
     assert largest["p=64"]["exact"] < 1e-7
     assert largest["p=256"]["exact"] < 1e-9
-    (axes,) = drawing.figure.axes
+    (axes,) = errors.figure.axes
     for line in axes.lines:
         dim, form = line.get_label().partition(":")[0].removeprefix("p = ").split(", ")
         assert np.max(line.get_ydata()) == largest[f"p={dim}"][form]
@@ -61,8 +66,8 @@ def test_the_normaliser_makes_every_area_one_and_none_without_it() -> None:
     assert narrow[0] < wide[0]
 
 
-def test_both_figures_are_written(tmp_path: Path, look: Callable) -> None:
-    for drawing in (vmf.draw_densities(), vmf.draw_errors()):
+def test_both_figures_are_written(errors: Drawing, tmp_path: Path, look: Callable) -> None:
+    for drawing in (vmf.draw_densities(), errors):
         files = drawing.write(tmp_path)
         look(files)
         before = files[1].read_bytes()

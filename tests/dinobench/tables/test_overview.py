@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,13 @@ class Run:
 
 
 def test_a_table_is_logged_once_and_brought_up_to_date(
-    tiny: Table, cells_of: Callable[..., Cells], write_record: Callable, measurer: Any, tmp_path: Path
+    tiny: Table, cells_of: Callable[..., Cells], write_record: Callable, measurer: Any, database: Path, tmp_path: Path
 ) -> None:
     cells = cells_of(tiny, seeds=(0,))
     (cell,) = cells.of("tiny", "DINO")
     run = measurer.run("dino", 0, 80.0)
     write_json(run.cell_file, {"key": cell.key})
-    store = tracking.connect(tracking.tracking_uri(tmp_path))
+    store = tracking.connect(f"sqlite:///{shutil.copy(database, tmp_path)}")
     training = mirror.open_pretraining(store, run)
 
     folder = tmp_path / "tables"

@@ -81,7 +81,7 @@ def test_ablations_that_collapse_are_called_by_name(overrides, state, tmp_path):
     assert any(f"collapsed ({name})" in str(caught.value) for name in state), str(caught.value)
 
 
-CONVOLUTIONS = ("model.name=resnet18", "model.kwargs={}")
+CONVOLUTIONS = ("model.name=resnet18", "model.kwargs={channels: [8, 16, 32, 64]}")
 WINDOWS = (
     "model.name=swin_tiny_patch4_window7_224",
     "model.kwargs={img_size: 16, patch_size: 2, window_size: 2, embed_dim: 12, depths: [1, 1], num_heads: [1, 2]}",

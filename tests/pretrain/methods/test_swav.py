@@ -151,8 +151,8 @@ def _rank_of_two(rank, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_share_one_queue(tmp_path):
-    torch.multiprocessing.spawn(_rank_of_two, (str(tmp_path),), nprocs=2)
+def test_two_ranks_share_one_queue(tmp_path, start_ranks):
+    start_ranks(_rank_of_two, str(tmp_path))
     alone = _state(_trainer(*QUEUE))
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -48,8 +49,14 @@ PUBLISHED = {
 
 def state_of(config: ModelConfig) -> State:
     """Shapes without memory for the numbers."""
+    return dict(_state(config.model_dump_json()))
+
+
+@cache
+def _state(config: str) -> State:
+    model = ModelConfig.model_validate_json(config)
     with torch.device("meta"):
-        return create_backbone(config.model_copy(update={"init": "timm"})).state_dict()
+        return create_backbone(model.model_copy(update={"init": "timm"})).state_dict()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

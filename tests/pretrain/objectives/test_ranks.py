@@ -43,9 +43,9 @@ def _one_rank(rank, folder):
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory):
+def answers(tmp_path_factory, start_ranks):
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_one_rank, (str(folder),), nprocs=RANKS)
+    start_ranks(_one_rank, str(folder), ranks=RANKS)
     return [dict(np.load(folder / f"{rank}.npz")) for rank in range(RANKS)]
 
 

@@ -229,9 +229,9 @@ def _one_rank(rank, golden, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_golden_dist2_dinov2_ranks_balance_one_matrix(golden, tmp_path):
+def test_golden_dist2_dinov2_ranks_balance_one_matrix(golden, tmp_path, start_ranks):
     g = golden("dist2_dinov2")
-    torch.multiprocessing.spawn(_one_rank, (g, str(tmp_path)), nprocs=2)
+    start_ranks(_one_rank, g, str(tmp_path))
     patches = torch.from_numpy(g["teacher"][0]).flatten(0, 1)
     answers = [np.load(tmp_path / f"{rank}.npz") for rank in range(2)]
     for rank, answer in enumerate(answers):

@@ -206,10 +206,10 @@ def _one_rank(rank, golden, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_golden_dist2_dino_two_ranks_share_one_centre(golden, tmp_path):
+def test_golden_dist2_dino_two_ranks_share_one_centre(golden, tmp_path, start_ranks):
     g = golden("dist2_dino")
     ranks = g["teacher"].shape[1]
-    torch.multiprocessing.spawn(_one_rank, (g, str(tmp_path)), nprocs=ranks)
+    start_ranks(_one_rank, g, str(tmp_path), ranks=ranks)
     for rank in range(ranks):
         answer = np.load(tmp_path / f"{rank}.npz")
         np.testing.assert_allclose(answer["losses"], g["losses_per_rank"][rank], rtol=2e-6)

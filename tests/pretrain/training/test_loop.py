@@ -184,13 +184,22 @@ def test_a_collapsed_run_is_named_and_stopped(tmp_path):
     assert all(metrics.get("health/collapsed", 0.0) == 0.0 for _, metrics in lines[:-1])
 
 
+AS_PRESET = ()
+SMALL = (
+    "head.hidden=32",
+    "model.kwargs={img_size: 16, patch_size: 4, embed_dim: 24, depth: 1, num_heads: 2}",
+    "optim.batch_size=128",
+)
+
+
+@pytest.mark.parametrize("sizes", [SMALL, pytest.param(AS_PRESET, marks=pytest.mark.slow)], ids=["small", "as preset"])
 @pytest.mark.parametrize("method", ["dino", "dino_vmf", "dino_free"])
-def test_a_healthy_run_never_triggers_the_collapse_stop(method, tmp_path):
+def test_a_healthy_run_never_triggers_the_collapse_stop(method, sizes, tmp_path):
     recipe = resolve(
         method,
         preset="digits",
-        overrides=["schedule.epochs=8", "schedule.warmup_epochs=1", "runtime.log_every=10", "runtime.device=cpu",
-                   "runtime.stop_on_collapse=true"],
+        overrides=[*sizes, "schedule.epochs=8", "schedule.warmup_epochs=1", "runtime.log_every=10",
+                   "runtime.device=cpu", "runtime.stop_on_collapse=true"],
     )  # fmt: skip
     lines, log = _recorder()
     assert train(recipe, folder=tmp_path, log=log).status == "finished"

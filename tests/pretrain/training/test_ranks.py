@@ -90,21 +90,19 @@ def _rank_of_four(rank, folder):
     torch.distributed.destroy_process_group()
 
 
-def _start(function, ranks, tmp_path_factory):
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, start_ranks):
     """A folder with what the ranks wrote; the processes start once for all methods."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(function, (folder,), nprocs=ranks)
+    start_ranks(_rank_of_two, folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    return _start(_rank_of_two, 2, tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def four_ranks(tmp_path_factory):
-    return _start(_rank_of_four, 4, tmp_path_factory)
+def four_ranks(tmp_path_factory, start_ranks):
+    folder = tmp_path_factory.mktemp("ranks")
+    start_ranks(_rank_of_four, folder, ranks=4)
+    return folder
 
 
 def _weights(folder, name):
