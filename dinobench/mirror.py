@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dinobench import leaderboard, tracking
+from dinobench.addresses import masked
 from dinobench.entries import as_its_own, recipe_parameters, result_entry, row_label, run_description, run_name
 from dinobench.journal import Point
 from dinobench.loading import loading_of
@@ -124,7 +125,7 @@ class Mirror:
             self._connected.set()
             self._serve(store, run_id, known)
         except Exception as error:  # whatever it is, the training goes on
-            self.failure = str(error) or type(error).__name__
+            self.failure = masked(str(error)) or type(error).__name__
             self._forget()
             self._warn(
                 f"MLflow is out of reach: {self.failure}. The run goes on and keeps everything in {self.run.path}; "
@@ -170,7 +171,7 @@ class Mirror:
             self.links = sync(self.run, self.uri)
             self.failure, self._gaps = None, False
         except Exception as error:
-            self.failure = str(error) or type(error).__name__
+            self.failure = masked(str(error)) or type(error).__name__
 
 
 def open_pretraining(store: Store, run: RunFolder, *, live: bool = True) -> str:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from dinobench.addresses import masked
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
@@ -47,12 +49,14 @@ class Reporter:
         self._file = file
 
     def say(self, text: str) -> None:
+        text = masked(text)
         self._write(text)
         self._print(text)
 
     def warn(self, text: str) -> None:
-        self._write(f"warning: {text}")
-        self._print(f"warning: {text}", style="bold yellow")
+        text = masked(f"warning: {text}")
+        self._write(text)
+        self._print(text, style="bold yellow")
 
     def progress(self, progress: Progress) -> None:
         """Show where the training stands; called after every step, so it is cheap when nothing is due."""

@@ -15,6 +15,7 @@ them once.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -266,10 +267,18 @@ def _remove_damaged(path: Path, error: Exception) -> None:
 
 
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, mapped into memory, and metadata of a file."""
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        return tensors, dict(file.metadata() or {})
+    """Tensors, mapped into memory, and metadata of a file.
+
+    Raises:
+        OSError: it cannot be read; FileNotFoundError where it is gone.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            return tensors, dict(file.metadata() or {})
+    except RuntimeError as error:  # torch opens it once more, by its name, which may have been removed in between
+        gone = errno.ENOENT if not path.exists() else errno.EIO
+        raise OSError(gone, str(error)) from error
 
 
 @contextmanager

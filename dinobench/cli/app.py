@@ -107,9 +107,7 @@ def _explain(error: Exception) -> int:
         return _tell("interrupted", 130)
     if (text := _told_of_machine(error)) is not None:
         return _tell(f"error: {text}", 3)
-    from dinobench.tracking import masked
-
-    reason = masked(" ".join(str(error).split()))
+    reason = " ".join(str(error).split())
     return _tell(
         f"bug: {type(error).__name__}: {reason} (this should not happen; run it again with --debug for the traceback "
         "and report it)",
@@ -140,8 +138,10 @@ def _usage_message(error: Exception) -> str:
 
 
 def _tell(text: str, code: int) -> int:
+    from dinobench.addresses import masked
+
     with contextlib.suppress(OSError):  # a terminal that is gone
-        print(text, file=sys.stderr)
+        print(masked(text), file=sys.stderr)
     return code
 
 

@@ -12,6 +12,24 @@ from typing import Annotated
 import typer
 
 HOST = "127.0.0.1"
+"""There is no option for another: these pages ask nobody who they are (`mlflow server --app-name basic-auth` does)."""
+DEFAULTS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # the job runner serves MLflow's GenAI judges: eight processes that a page of metrics does not need
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+}
+OPENINGS = frozenset(
+    {
+        "MLFLOW_HOST",
+        "MLFLOW_SERVER_ALLOWED_HOSTS",
+        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS",
+        "MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE",
+        "MLFLOW_SERVER_X_FRAME_OPTIONS",
+        "MLFLOW_GUNICORN_OPTS",
+        "MLFLOW_UVICORN_OPTS",
+    }
+)
+"""Variables that open a server to other machines and pages: meant for one that asks for passwords."""
 
 
 def run_server(
@@ -45,18 +63,21 @@ def run_server(
 
 def serve(uri: str, port: int) -> int:
     """Run the server until it ends or we are told to."""
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
-    command += ["--host", HOST, "--port", str(port), "--workers", "1"]
-    # The job runner serves MLflow's GenAI judges: eight processes that a page of metrics does not need.
-    settings = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    environment = {**settings, **os.environ}
-    with subprocess.Popen(command, env=environment) as server:
+    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
+    with subprocess.Popen(command, env=server_environment(uri)) as server:
         try:
             return server.wait()
         except (KeyboardInterrupt, SystemExit):
             return 0
         finally:
             server.terminate()
+
+
+def server_environment(uri: str) -> dict[str, str]:
+    """The environment of the server: what it serves, to this machine only, with its checks of host and origin on."""
+    environment = {name: value for name, value in {**DEFAULTS, **os.environ}.items() if name not in OPENINGS}
+    # not an argument: a database's password would be in the list of processes, which everybody may read
+    return {**environment, "MLFLOW_BACKEND_STORE_URI": uri}
 
 
 def refuse_taken_port(port: int) -> None:

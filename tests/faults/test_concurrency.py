@@ -132,7 +132,7 @@ def points_in(client: Any, run_id: str) -> Counter[tuple[str, int]]:
 @pytest.mark.faults
 @pytest.mark.promise(
     "8 processes train, evaluate and log into one store and one cache",
-    "all exit 0; every result is whole and there once; every point is in the store once, at the latest after `runs sync`",
+    "all exit 0; every result is whole and there once; so is every point in the store, at the latest after `runs sync`",
 )
 def test_eight_processes_share_a_store_and_a_cache(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, count: Callable, figure: Callable
@@ -149,7 +149,7 @@ def test_eight_processes_share_a_store_and_a_cache(
     found = machine.wait()
     assert [code for code, _, _ in found] == [0] * PROCESSES, "\n".join(err[-1500:] for code, _, err in found if code)
     count(processes=PROCESSES)
-    # On a machine that is busy with other things the store may be out of reach for a minute; a run says so and is synced.
+    # On a machine busy with other things the store may be out of reach for a minute; a run says so and is synced.
     late = [run for run in list_runs(machine.output) if not run.state().mirrored and run.path != ready.path]
     said = [err for _, _, err in found if "MLflow does not show all of this run" in err]
     assert len(late) == len(said) and all(f"dinobench runs sync {run.path}" in "".join(said) for run in late)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -249,3 +250,27 @@ def test_what_another_has_just_written_is_not_removed_before_it_is_opened(
     assert entry is not None and entry.tensors["features"].sum() == 10
     other.get_or_compute(content_key(number=2), tensors)  # nobody is at work on it now
     assert other.read(KEY) is None
+
+
+@pytest.mark.promise("an entry is removed while it is being opened", "it is computed again; no error, no warning")
+@pytest.mark.parametrize("kind", ["computed", "written"])
+def test_an_entry_that_is_removed_while_it_is_opened_is_made_again(
+    kind: str, cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def get() -> Entry | None:
+        return cache.get_or_compute(KEY, tensors) if kind == "computed" else cache.get_or_write(KEY, writer(1, "a"))
+
+    get()
+    opened = torch.UntypedStorage.from_file
+    removed: list[str] = []
+
+    def lose_and_open(name: str, **options: Any) -> torch.UntypedStorage:
+        if not removed:  # safetensors has read the header, torch has not mapped the file yet
+            removed.append(name)
+            Path(name).unlink()
+        return opened(name, **options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", lose_and_open)
+    entry = get()
+    assert removed and entry is not None and not entry.from_cache
+    assert cache.read(KEY) is not None
