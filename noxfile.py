@@ -85,7 +85,9 @@ def tests(session: nox.Session) -> None:
     """The test suite on up to 4 cores; `-- -m slow` for the long tests, `-- -k golden` for the reference values."""
     _install_project(session)
     # Each worker imports torch anew, so more of them cost more than they save.
-    _python(session, "-m", "pytest", "--numprocesses=auto", "--maxprocesses=4", *session.posargs)
+    # A worker keeps the tests of a file together, which share what is made once, until another has nothing left.
+    workers = ("--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal")
+    _python(session, "-m", "pytest", *workers, *session.posargs)
 
 
 @nox.session(venv_backend=BACKEND, default=False)
