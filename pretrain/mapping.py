@@ -19,6 +19,7 @@ MAX_VALUES = 100_000
 """In a document, those behind an alias counted each time."""
 MAX_DEPTH = 50
 """Lists and mappings inside each other."""
+MAX_DIGITS = 100
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """That of libyaml wherever PyYAML has it: ten times as fast, and a table reads hundreds of recipes."""
 
@@ -104,6 +105,8 @@ def _num_values(node: yaml.Node, known: dict[int, int], depth: int) -> int:
     """
     if depth < 0:
         raise RecursionError
+    if node.tag == "tag:yaml.org,2002:int" and len(node.value) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(node.value)} digits, which Python will not print")
     if id(node) not in known:
         known[id(node)] = MAX_VALUES + 1
         items = node.value if isinstance(node, yaml.CollectionNode) else ()

@@ -96,7 +96,8 @@ BOMBS = [
 
 def contents() -> SearchStrategy[bytes]:
     spoilt = st.sampled_from(WHOLE).flatmap(spoilt_bytes)
-    return st.one_of(st.sampled_from(WHOLE), spoilt, spoilt, st.sampled_from(BOMBS), st.binary(max_size=50))
+    whole = st.sampled_from(WHOLE)
+    return st.one_of(whole, whole, spoilt, spoilt, st.sampled_from(BOMBS), st.binary(max_size=50))
 
 
 def members(names: SearchStrategy[str]) -> SearchStrategy[list[Member]]:
@@ -104,7 +105,8 @@ def members(names: SearchStrategy[str]) -> SearchStrategy[list[Member]]:
 
 
 folder_names = st.builds(lambda folder, name: folder + name, st.sampled_from(FOLDERS), st.sampled_from(NAMES))
-archive_names = folder_names | st.sampled_from(UNSAFE)
+usual_names = st.sampled_from(["train/cat/a.png", "train/dog/b.jpg", "val/cat/c.png", "a.png", "b.png", "cat/d.gif"])
+archive_names = usual_names | usual_names | folder_names | st.sampled_from(UNSAFE)
 
 
 def use(name: str, split: str, share: float) -> None:
@@ -209,7 +211,7 @@ def test_archives(tmp_path: Path, count: Count, suffix: str, examples: int) -> N
         file.unlink()
         assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
-    spoilt = built.flatmap(lambda content: st.just(content) | spoilt_bytes(content))
+    spoilt = built | built | built.flatmap(spoilt_bytes)
     tried = fuzz(st.tuples(spoilt, options), check, examples)
     count(f"images in {suffix}", inputs_tried=tried, inputs_handled=tried)
 
@@ -270,11 +272,10 @@ def test_numpy_archives(tmp_path: Path, count: Count, examples: int) -> None:
     def build(found: list[tuple[str, bytes]], compressed: bool) -> bytes:
         return zip_of([(f"{key}.npy", inner) for key, inner in found], [], "deflate" if compressed else "")
 
-    archives = st.builds(build, st.lists(st.tuples(keys, content), max_size=4), st.booleans())
-    usual = st.tuples(good, labels | arrays | objects | headers).map(
-        lambda two: [("images", two[0]), ("labels", two[1])]
-    )
-    archives |= st.builds(build, usual, st.booleans())
+    images = st.sampled_from([npy(array) for array in whole[:2]])
+    pairs = st.tuples(images | arrays, labels | labels | arrays | objects | headers)
+    pairs = pairs.map(lambda two: [("images", two[0]), ("labels", two[1])])
+    archives = st.builds(build, pairs | pairs | st.lists(st.tuples(keys, content), max_size=4), st.booleans())
     archives |= archives.flatmap(spoilt_bytes)
 
     def check(made: tuple[bytes, tuple[str, float]]) -> None:

@@ -261,10 +261,10 @@ def test_a_database_that_cannot_be_used_ends_no_training(
     damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "mlflow.db"
-    uri = f"sqlite:///{file}"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     if damage in ("half", "newer schema"):
-        tracking.connect(f"sqlite:///{tmp_path / 'made.db'}")  # of another name: MLflow looks at each name once
+        # of another name: MLflow looks at the schema below a name once
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'made.db'}")
+        tracking.connect(f"sqlite:///{tmp_path / 'made.db'}")
         shutil.copy(tmp_path / "made.db", file)
     if damage == "garbage":
         file.write_bytes(b"SQLite format 3\0" + os.urandom(50_000))
@@ -279,6 +279,7 @@ def test_a_database_that_cannot_be_used_ends_no_training(
             else:
                 store.execute("UPDATE alembic_version SET version_num = 'f00000000000'")
     before = file.read_bytes()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{file}")
     listener = Listener()
     summary = start(tiny(LOGGED), tmp_path / "runs", listener)
     assert summary.state.status == "finished"
