@@ -103,6 +103,8 @@ def _train(
                 on_checkpoint(files.path(done), done)
             if interrupted:
                 return Outcome("interrupted", done, meter.seconds, meter.mean_rate, files.kept(), stop.name)
+    if stop.name:  # told while the last checkpoint was written: what follows a finished training may take hours
+        return Outcome("interrupted", plan.total_steps, meter.seconds, meter.mean_rate, files.kept(), stop.name)
     return Outcome("finished", plan.total_steps, meter.seconds, meter.mean_rate, files.kept(), meter.note)
 
 
