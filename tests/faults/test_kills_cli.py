@@ -15,7 +15,8 @@ from dinobench.runs import RunFolder, list_runs
 from dinobench.train import Request, pretrain
 from kills import Cold, Moment, run
 from kills_checks import check_same, check_status, check_whole, leftovers
-from kills_lives import CODES, RECIPE, age
+from kills_lives import CODES
+from kills_reference import RECIPE, age
 from pretrain.training.recipe import resolve
 
 SHORT = (*RECIPE[1:-1], "evaluation.suites=[]", "tracking.enabled=false")
@@ -53,10 +54,10 @@ def test_a_command_that_is_killed_three_times_ends_with_the_same_weights(
         assert end.killed is not None and end.code in CODES[number], end
         assert number == signal.SIGKILL or "Traceback" not in end.err, end.err
         check_whole(folder)
-        (killed,) = list_runs(folder / "runs")
-        check_status(killed, end.code)
+        check_status(list_runs(folder / "runs")[0], end.code)
         count(number.name, end.doing, kills_tried=1, kills_survived=1)
     age(folder)
-    train_here(folder, resume=True)
-    check_same(killed, train_here(tmp_path / "whole"))
-    assert not leftovers(killed.path)
+    resumed = train_here(folder, resume=True)
+    assert list_runs(folder / "runs") == [resumed]
+    check_same(resumed, train_here(tmp_path / "whole"))
+    assert not leftovers(resumed.path)
