@@ -86,11 +86,11 @@ def read_idx(path: Path) -> np.ndarray:
             content = file.read(_MAX_IDX_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DinobenchError(f"cannot read {path} ({error}): is the download complete?") from error
+    if len(content) > _MAX_IDX_BYTES:
+        raise DinobenchError(f"{path} has more than {_MAX_IDX_BYTES >> 20} MiB: this is no MNIST")
     # Two zero bytes, the type (8 = unsigned byte), the number of axes, then their lengths.
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
         raise DinobenchError(f"{path} is not an idx file of bytes")
-    if len(content) > _MAX_IDX_BYTES:
-        raise DinobenchError(f"{path} has more than {_MAX_IDX_BYTES >> 20} MiB: this is no MNIST")
     num_axes = content[3]
     shape = [int.from_bytes(content[4 + 4 * k : 8 + 4 * k], "big") for k in range(num_axes)]
     values = np.frombuffer(content, np.uint8, offset=min(4 + 4 * num_axes, len(content)))

@@ -92,6 +92,8 @@ def _train(
                 on_checkpoint(files.path(done), done)
             if interrupted:
                 return meter.outcome("interrupted", done, files.kept(), stop.name)
+    if stop.name:  # told while the last checkpoint was written: what follows a finished training may take hours
+        return meter.outcome("interrupted", plan.total_steps, files.kept(), stop.name)
     return meter.outcome("finished", plan.total_steps, files.kept(), meter.note)
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from kills import ForkServer
-from kills_lives import Reference, lives, make_reference
+from kills_lives import lives
+from kills_reference import Reference, make_reference
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from kills import Cold, ForkServer
-from kills_lives import Life, Reference
+from kills_lives import Life
+from kills_reference import Reference
 
 SIGNALS = "SIGKILL, SIGTERM, SIGINT, SIGUSR1"
 
@@ -54,6 +56,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(
     try:
         lived.live(plan)
         survived = 1
+        shutil.rmtree(tmp_path)  # 25 of them are some hundred megabytes
     finally:
         for kill in lived.kills:
             count(kill.signal.name, kill.doing, kills_tried=1, kills_survived=survived)

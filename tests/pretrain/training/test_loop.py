@@ -105,6 +105,18 @@ def test_the_signals_of_slurm_end_a_training_with_a_checkpoint(number, tmp_path)
     assert checkpoint.read(tmp_path / "checkpoints" / "last.pt")["step"] == 2
 
 
+@pytest.mark.promise("SIGTERM while the last checkpoint is written", "obeyed after it; nothing is left to train")
+def test_a_signal_during_the_last_checkpoint_is_not_lost(tmp_path):
+    def tell(path, step):
+        if step == 10:
+            signal.raise_signal(signal.SIGTERM)
+
+    told = train(_recipe(), folder=tmp_path, on_checkpoint=tell)
+    assert (told.status, told.step, told.note) == ("interrupted", 10, "SIGTERM")
+    again = train(_recipe(), folder=tmp_path, resume=True)
+    assert (again.status, again.step, again.images_per_second) == ("finished", 10, 0.0)
+
+
 def test_checkpoints_are_announced_kept_up_to_the_limit_and_last_is_whole(tmp_path):
     announced = []
     recipe = _recipe("schedule.epochs=4", "checkpoint.keep=2", "checkpoint.every_steps=2")
