@@ -63,7 +63,7 @@ def test_golden_features_in_timm_from_an_official_file(
     [
         ModelConfig(name="vit_tiny_patch16_224", kwargs=TINY),
         ModelConfig(name="vit_tiny_patch16_224", kwargs={**TINY, "mlp_ratio": 3.0}, mlp="swiglu"),
-        ModelConfig(name="vit_small_patch14_reg4_dinov2", kwargs={"img_size": 28}),
+        ModelConfig(name="vit_small_patch14_reg4_dinov2", kwargs={"img_size": 28, "depth": 2}),
         ModelConfig(name="resnet18"),
         ModelConfig(name="swin_tiny_patch4_window7_224", kwargs={"depths": [1, 1], "num_heads": [3, 6]}),
         ModelConfig(name="vit_small_patch16_dinov3_qkvb", kwargs={"global_pool": "token", "depth": 2}),

@@ -25,7 +25,8 @@ STALE = "stale: run `dinobench table --scale digits` (it trains what is missing)
 def filled() -> dict[str, Contents]:
     every = [load_table(name) for name in table_names()]
     cells = collect(every, "digits")
-    return {table.name: fill(table, cells, RecordStore(ROOT / "results")) for table in every}
+    records = RecordStore(ROOT / "results")
+    return {table.name: fill(table, cells, records) for table in every}
 
 
 @pytest.mark.parametrize("name", table_names())

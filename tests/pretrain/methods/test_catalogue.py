@@ -18,8 +18,9 @@ from pretrain.training.runtime import Runtime
 from pretrain.training.schedules import Plan
 from pretrain.training.trainer import Trainer
 
-# 1297 images / 64 = 20 steps an epoch.
+# 1297 images / 128 = 10 steps an epoch.
 SHORT = (
+    "optim.batch_size=128",
     "schedule.epochs=2",
     "schedule.warmup_epochs=1",
     "head.hidden=32",
@@ -34,7 +35,7 @@ def test_two_epochs_on_digits_are_finite_and_leave_a_checkpoint_to_measure(metho
     recipe = resolve(method, preset="digits", overrides=SHORT)
     log = {}
     outcome = train(recipe, folder=tmp_path, log=lambda metrics, step: log.setdefault(step, {}).update(metrics))
-    assert outcome.status == "finished" and outcome.step == 40
+    assert outcome.status == "finished" and outcome.step == 20
     losses = {name: values[name] for values in log.values() for name in values if name.startswith("loss/")}
     assert losses and all(math.isfinite(value) for value in losses.values())
     assert all(name.count("/") == 1 for values in log.values() for name in values)
@@ -42,7 +43,7 @@ def test_two_epochs_on_digits_are_finite_and_leave_a_checkpoint_to_measure(metho
     assert model.provenance["coverage"] == 100 and model.provenance["method"] == method
     has_prototypes = recipe.head.num_prototypes > 0
     assert (model.prototypes is not None) == has_prototypes
-    last = log[40]
+    last = log[20]
     assert ("prototypes/unique" in last) == has_prototypes
     if has_prototypes:
         assert last["prototypes/redundancy"] == recipe.head.num_prototypes / last["prototypes/unique"]
@@ -75,7 +76,7 @@ def test_patch_prototypes_of_their_own_are_followed_by_name(tmp_path):
     ],
 )
 def test_ablations_that_collapse_are_called_by_name(overrides, state, tmp_path):
-    more = ["schedule.epochs=14", "runtime.stop_on_collapse=true", "head.batch_norm=false", "optim.lr=0.02"]
+    more = ["schedule.epochs=14", "optim.batch_size=64", "runtime.stop_on_collapse=true", "head.batch_norm=false", "optim.lr=0.02"]
     with pytest.raises(CheckFailed) as caught:
         train(resolve("dino", preset="digits", overrides=[*SHORT, *more, *overrides]), folder=tmp_path)
     assert any(f"collapsed ({name})" in str(caught.value) for name in state), str(caught.value)
