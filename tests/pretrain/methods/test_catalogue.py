@@ -76,7 +76,13 @@ def test_patch_prototypes_of_their_own_are_followed_by_name(tmp_path):
     ],
 )
 def test_ablations_that_collapse_are_called_by_name(overrides, state, tmp_path):
-    more = ["schedule.epochs=14", "optim.batch_size=64", "runtime.stop_on_collapse=true", "head.batch_norm=false", "optim.lr=0.02"]
+    more = [
+        "schedule.epochs=14",
+        "optim.batch_size=64",
+        "runtime.stop_on_collapse=true",
+        "head.batch_norm=false",
+        "optim.lr=0.02",
+    ]
     with pytest.raises(CheckFailed) as caught:
         train(resolve("dino", preset="digits", overrides=[*SHORT, *more, *overrides]), folder=tmp_path)
     assert any(f"collapsed ({name})" in str(caught.value) for name in state), str(caught.value)
