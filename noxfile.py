@@ -17,6 +17,7 @@ import zipfile
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 
 ROOT = Path(__file__).parent
 PACKAGES = ("dinobench", "pretrain", "suites")
@@ -126,6 +127,26 @@ def faults(session: nox.Session) -> None:
     options = ("-m", "faults or promise", "--numprocesses=2", "--reliability", str(record), *session.posargs)
     session.run(sys.executable if HERE else "python", "-m", "pytest", *options, external=HERE, success_codes=codes)
     _python(session, "tests/faults/report.py", str(record), "--output", str(output / "reliability.md"))
+
+
+@nox.session(default=False)
+def audit(session: nox.Session) -> None:
+    """Ask for known vulnerabilities of the pinned dependencies; without a network that is said, and no failure."""
+    report = Path(session.create_tmp()).absolute() / "audit.json"
+    report.unlink(missing_ok=True)
+    # The pins as they stand, without resolving them again; any exit code, for pip-audit has one for all that can be.
+    options = ("--requirement", "constraints.txt", "--no-deps", "--disable-pip", "--progress-spinner", "off")
+    try:
+        session.install("pip-audit>=2.9,<3")
+        session.run("pip-audit", *options, "--format", "json", "--output", str(report), success_codes=range(256))
+        dependencies = json.loads(report.read_text())["dependencies"]
+    except (CommandFailed, OSError, ValueError, KeyError, TypeError) as error:
+        return session.warn(f"nobody could be asked for vulnerabilities ({error}): run it again with a network")
+    found = [f"{d['name']} {d['version']}: {v['id']}" for d in dependencies for v in d.get("vulns", ())]
+    if found:
+        session.error(
+            "\n".join(["known vulnerabilities; `nox -s constraints -- --upgrade` takes newer releases", *found])
+        )
 
 
 @nox.session(venv_backend=BACKEND, default=False)
