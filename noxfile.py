@@ -126,7 +126,7 @@ def faults(session: nox.Session) -> None:
     codes = range(2)  # 1: a test failed; the report says which, and fails in its turn
     options = ("-m", "faults or promise", "--numprocesses=2", "--reliability", str(record), *session.posargs)
     session.run(sys.executable if HERE else "python", "-m", "pytest", *options, external=HERE, success_codes=codes)
-    _python(session, "tests/faults/report.py", str(record), "--output", str(output / "reliability.md"))
+    _python(session, "tests/faults/reliability_report.py", str(record), "--output", str(output / "reliability.md"))
 
 
 @nox.session(default=False)

@@ -25,6 +25,7 @@ import yaml
 from dinobench.cli import app, ui
 from pretrain.data.stores import open_store
 from pretrain.errors import DinobenchError
+from pretrain.mapping import LOADER
 from pretrain.models.checkpoint_file import read
 from pretrain.training.recipe import resolve
 from suites.suite import load_suite
@@ -107,8 +108,10 @@ def test_no_command_goes_through_a_shell() -> None:
 
 
 def test_yaml_is_read_by_the_safe_loader_in_one_file() -> None:
-    readers = {file for file, _ in calls("yaml.safe_load", "yaml.SafeLoader", "yaml.Loader", "yaml.compose")}
+    names = ("safe_load", "SafeLoader", "CSafeLoader", "Loader", "compose", "parse")
+    readers = {file for file, _ in calls("LOADER", *(f"yaml.{name}" for name in names))}
     assert readers == {"pretrain/mapping.py"}
+    assert issubclass(LOADER, (yaml.SafeLoader, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
 
 
 def test_code_is_imported_in_few_places() -> None:

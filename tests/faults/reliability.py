@@ -5,7 +5,7 @@ def test_...(count, figure):
     count("SIGKILL", "training", kills_tried=1, kills_survived=1)   # summed over all tests, by label
     figure(memory_mb_per_1000_steps=0.2)                            # kept as it is; the largest where given twice
 
-pytest -m "faults or promise" --reliability FILE.json               # also with -n; report.py makes the table
+pytest -m "faults or promise" --reliability FILE.json     # also with -n; reliability_report.py makes the table
 """
 
 from __future__ import annotations

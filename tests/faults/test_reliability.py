@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import report
+import reliability_report as report
 
 HERE = Path(__file__).parent
 TESTS = """

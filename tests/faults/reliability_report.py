@@ -1,6 +1,8 @@
 """Write results/reliability.md from what the plugin `reliability` recorded.
 
-python tests/faults/report.py RECORD.json [MORE.json ...] --output results/reliability.md   (several: parts of one run)
+    python tests/faults/reliability_report.py RECORD.json [MORE.json ...] --output results/reliability.md
+
+Several records are parts of one run.
 """
 
 from __future__ import annotations
