@@ -84,7 +84,7 @@ def rezipped(content: bytes, edit: Callable[[str, bytes], list[tuple[str, bytes]
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(buffer, "w", compression) as new:
         for name in old.namelist():
             for changed_name, inner in edit(name, old.read(name)):
-                new.writestr(changed_name or "x", inner)
+                new.writestr(changed_name.partition("\0")[0] or "x", inner)
     return buffer.getvalue()
 
 
