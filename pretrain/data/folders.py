@@ -173,9 +173,8 @@ def open_npz(path: Path, split: str, name: str) -> ImageSet:
             images_key, labels_key = _npz_keys(path, split, archive.files)
             images = np.asarray(archive[images_key])
             labels = np.asarray(archive[labels_key]) if labels_key else None
-            num_classes = 1 + max(
-                (int(archive[k].max(initial=-1)) for k in archive.files if k.endswith("labels")), default=-1
-            )
+            all_labels = (np.asarray(archive[key]) for key in archive.files if key.endswith("labels"))
+            num_classes = 1 + max((int(array.max()) for array in all_labels if array.size), default=-1)
     except DinobenchError:
         raise
     # Damaged archives, and arrays of other types, make the readers raise errors of every kind.

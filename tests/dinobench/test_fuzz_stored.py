@@ -1,6 +1,6 @@
 """What lies in an output folder, altered or damaged: results, run folders, journals, records, per-image values.
 
-Each damaged file is met by the commands that read it. Time of `nox -s faults`: 90 s on one core for 1,700 inputs.
+Each damaged file is met by the commands that read it. Time of `nox -s faults`: 2 minutes on one core for 1,900 inputs.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def damage(file: Path, strategy: SearchStrategy[bytes], use: Callable[[], object
 
 
 @pytest.mark.promise("result JSON altered or damaged", "taken as it is or refused by name, exit code 3")
-@inputs(400)
+@inputs(400, few=8)
 def test_results(runs: tuple[RunFolder, RunFolder], dinobench: Commands, count: Count, examples: int) -> None:
     run, other = runs
     file = max(run.path.glob("evals/digits_knn@1/*.json"))
@@ -111,7 +111,7 @@ def test_results(runs: tuple[RunFolder, RunFolder], dinobench: Commands, count: 
         dinobench("runs", "ls", "--output", run.path.parent, "--json")
         dinobench("verify", file, "--json")
         refused(lambda: read_all(run.path), file)
-        if next(numbers) % 5 == 0:  # its bootstrap takes a while
+        if next(numbers) % 20 == 0:  # its bootstrap takes a while
             dinobench("compare", run.path, other.path, "--json")
 
     tried = damage(file, spoilt_json(document), use, examples)
@@ -123,7 +123,7 @@ STATE_FILES = ("run.json", "environment.json", "recipe.yaml", "metrics.jsonl")
 
 @pytest.mark.promise("file of a run folder altered or damaged", "the run is shown, or the file is named; exit code 3")
 @pytest.mark.parametrize("name", STATE_FILES)
-@inputs(120)
+@inputs(120, few=4)
 def test_run_folders(
     runs: tuple[RunFolder, RunFolder], dinobench: Commands, count: Count, name: str, examples: int
 ) -> None:
@@ -132,7 +132,9 @@ def test_run_folders(
     whole = file.read_bytes()
     if name == "recipe.yaml":
         document = yaml.safe_load(whole)
-        strategy = changed(document).map(lambda made: yaml.safe_dump(made).encode()) | spoilt_bytes(whole)
+        strategy = changed(document).map(
+            lambda made: yaml.safe_dump(made).encode("utf-8", "surrogatepass")
+        ) | spoilt_bytes(whole)
     elif name == "metrics.jsonl":
         lines = [json.loads(line) for line in whole.splitlines()]
         strategy = st.lists(changed(lines[0]).map(as_text) | spoilt_bytes(whole), max_size=3).map(b"\n".join)
@@ -185,7 +187,7 @@ def test_records(tmp_path: Path, dinobench: Commands, count: Count, examples: in
         refused(lambda: read_record(file), file)
         refused(lambda: RecordStore(tmp_path).all(), file)
         refused(lambda: read_all(file), file)
-        if next(numbers) % 5 == 0:
+        if next(numbers) % 20 == 0:
             dinobench("compare", file, folder / "byol-s1.json", "--json")
 
     tried = damage(file, spoilt_json(small), use, examples)
@@ -201,7 +203,7 @@ def test_per_image_values(runs: tuple[RunFolder, RunFolder], dinobench: Commands
 
     def use() -> None:
         refused(lambda: read_all(run.path), file)
-        if next(numbers) % 5 == 0:
+        if next(numbers) % 20 == 0:
             dinobench("compare", run.path, other.path, "--claim", "checkpoints", "--json")
 
     tried = damage(file, spoilt_bytes(file.read_bytes()), use, examples)

@@ -46,9 +46,9 @@ class TooLarge(AssertionError):
     """An input made a reader ask for more memory than is stated, whatever it said then."""
 
 
-def inputs(number: int) -> pytest.MarkDecorator:
-    """The parameter `examples`: FEW in the default set, `number` in `nox -s faults`."""
-    return pytest.mark.parametrize("examples", [FEW, pytest.param(number, marks=pytest.mark.faults)])
+def inputs(number: int, few: int = FEW) -> pytest.MarkDecorator:
+    """The parameter `examples`: `few` in the default set, `number` in `nox -s faults`."""
+    return pytest.mark.parametrize("examples", [few, pytest.param(number, marks=pytest.mark.faults)])
 
 
 def fuzz(strategy: SearchStrategy[Any], check: Callable[[Any], object], examples: int) -> int:

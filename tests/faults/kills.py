@@ -196,7 +196,7 @@ def phase(events: list[Event]) -> str:
             if re.search(begin, event):
                 doing = name
             elif doing == name and end and re.search(end, event):
-                doing = "training" if name == "checkpointing" else "evaluation" if name == "caching" else "between"
+                doing = "training" if name == "checkpointing" else "evaluation" if name == "caching" else "finishing"
     return doing
 
 

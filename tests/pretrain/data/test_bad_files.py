@@ -80,6 +80,16 @@ def test_labels_that_are_none_are_refused(tmp_path: Path, labels: np.ndarray | b
         open_npz(npz(tmp_path / "a.npz", images=IMAGES, labels=labels), "train", "a")
 
 
+@pytest.mark.parametrize("kind", ["u1", "i1", "u2", "u8", ">i4"])
+def test_labels_of_any_whole_numbers_are_read(tmp_path: Path, kind: str) -> None:
+    """MedMNIST has uint8, of which no maximum begins at -1."""
+    labels = np.array([0, 1, 9, 3], kind)
+    found = open_npz(npz(tmp_path / "a.npz", images=IMAGES, labels=labels), "train", "a")
+    assert found.labels is not None
+    assert found.labels.tolist() == [0, 1, 9, 3]
+    assert len(found.classes) == 10
+
+
 @pytest.mark.parametrize("shape", [(4, 0, 0), (4, 1, 900), (4, 900, 1)])
 def test_images_without_pixels_and_strips_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
     with pytest.raises(DinobenchError, match="has images of"):
