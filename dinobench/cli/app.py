@@ -35,6 +35,9 @@ app = typer.Typer(
 _MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.ENODEV)
 """Failures of a disk, a mount or a limit; others, as a file that is not there, may be a mistake of ours."""
 
+_NO_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EILSEQ)
+"""Paths that are none, wherever they are looked at first."""
+
 
 @app.callback()
 def options(
@@ -123,9 +126,11 @@ def _told_of_machine(error: Exception) -> str | None:
     if is_out_of_memory(error):
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         return f"out of memory ({reason}): give the command more of it, or less to do at once"
-    if not isinstance(error, OSError) or error.errno not in (*FULL, *_MENDABLE):
+    if not isinstance(error, OSError) or error.errno not in (*FULL, *_MENDABLE, *_NO_NAMES):
         return None
     place = f"{error.filename}: " if error.filename else ""
+    if error.errno in _NO_NAMES:
+        return f"{place}{(error.strerror or str(error)).lower()}: give the name of a file or folder"
     return (
         f"{place}{(error.strerror or str(error)).lower()}: free some space, change the permissions or raise the limit"
     )

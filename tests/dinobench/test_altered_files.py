@@ -109,6 +109,25 @@ def test_names_that_the_terminal_cannot_show_are_shown_in_other_letters(tmp_path
     assert b"no runs in run \\udce9\\udcff" in done.stdout
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["compare", "{}"],
+        ["verify", "{}"],
+        ["show", "{}"],
+        ["runs", "show", "{}"],
+        ["export", "{}"],
+        ["eval", "--suite", "digits_knn", "{}"],
+        ["figure", "prototypes", "{}"],
+        ["pretrain", "--dry-run", "{}.yaml"],
+    ],
+    ids=" ".join,
+)
+def test_a_name_that_is_too_long_is_no_bug(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert app.run([word.format("a" * 300) for word in command]) in (2, 3)
+    assert "too long" in capsys.readouterr().err
+
+
 def test_one_path_of_half_a_character_is_no_bug(capsys: pytest.CaptureFixture[str]) -> None:
     assert app.run(["runs", "show", "\udc80"]) == 3
     assert "\\udc80" in capsys.readouterr().err

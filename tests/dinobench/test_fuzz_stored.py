@@ -277,7 +277,7 @@ def test_paths(
             ["verify", "--", path], ["eval", "--suite", "digits_knn", "--output", "a b é", "--", path],
             ["eval", "--suite", f"{path}.yaml", "--", "file"], ["pretrain", "--dry-run", "--", f"{path}.yaml"],
             ["pretrain", "--dry-run", "dino", "--data", f"folder:{path}"], ["show", "--", path],
-            ["export", "--", path, "out.safetensors"],
+            ["export", "--output", "out.safetensors", "--", path],
         ]  # fmt: skip
 
     def check(made: tuple[str, int]) -> None:
