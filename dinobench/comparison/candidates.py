@@ -63,16 +63,25 @@ class Score:
         try:
             return pd.read_parquet(file)
         except (OSError, ValueError) as error:
-            raise DinobenchError(f"{file} cannot be read: it was altered or damaged; measure again") from error
+            raise _damaged(file) from error
 
     def per_image(self) -> pd.DataFrame | None:
         """`value` in points by image (its number is the index), and its `label` where it has one.
 
         The column is the one whose mean is the headline score; None where no column is that.
+
+        Raises:
+            DinobenchError: the file was damaged.
         """
         frame = self.frame()
-        if frame is None:
+        if frame is None or self.samples is None:
             return None
+        try:
+            return self._headline_values(frame)
+        except (KeyError, TypeError, ValueError) as error:  # a bit of a column's name or type differs
+            raise _damaged(self.samples) from error
+
+    def _headline_values(self, frame: pd.DataFrame) -> pd.DataFrame | None:
         columns = [name for name in frame.columns if name == "correct" or name.startswith("ap")]
         for name in columns:
             values = frame[name].to_numpy(dtype=np.float64) * (100 if name == "correct" else 1)
@@ -80,6 +89,10 @@ class Score:
                 found = frame[["index", *(["label"] if "label" in frame else [])]].assign(value=values)
                 return found.set_index("index").sort_index()
         return None
+
+
+def _damaged(file: Path) -> DinobenchError:
+    return DinobenchError(f"{file} cannot be read: it was altered or damaged; measure again")
 
 
 @dataclass(frozen=True)

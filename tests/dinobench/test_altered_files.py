@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from dinobench.cli import app
 from dinobench.comparison import candidates
+from dinobench.comparison.candidates import Score
 from dinobench.files import read_json
 from dinobench.results import read_result
 from dinobench.tables import published
@@ -89,6 +91,17 @@ def test_published_figures_that_are_damaged_are_named(
         published.figures()
     monkeypatch.undo()
     published.figures.cache_clear()
+
+
+@pytest.mark.parametrize("damage", [{"index": "jndex"}, {"correct": "apples"}], ids=["a name", "values"])
+def test_per_image_values_that_are_damaged_are_named(tmp_path: Path, damage: dict[str, str]) -> None:
+    frame = pd.DataFrame({"index": [0, 1], "correct": [True, True]}).rename(columns=damage)
+    if "apples" in frame:
+        frame["apples"] = ["a", "b"]
+    frame.to_parquet(tmp_path / "a.parquet")
+    score = Score("digits_knn@1", "f00", "top1", {"top1": 100.0}, None, 2, {}, tmp_path / "a.parquet")
+    with pytest.raises(DinobenchError, match=r"a\.parquet cannot be read: it was altered or damaged"):
+        score.per_image()
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"key": 3}', "7"])
