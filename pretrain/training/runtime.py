@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pretrain.errors import DinobenchError
 from pretrain.training.distributed import lost_ranks_told
+from pretrain.training.host_memory import keep_freed_memory
 
 T = TypeVar("T")
 
@@ -87,6 +88,8 @@ class Runtime:
         if device.type == "cuda":
             torch.cuda.set_device(device)
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        elif device.type == "cpu":
+            keep_freed_memory()
         if size > 1 and not dist.is_initialized():
             patience = datetime.timedelta(seconds=config.rank_timeout_seconds)
             with lost_ranks_told(rank, size):

@@ -28,6 +28,7 @@ class Reference:
     """The modules of a checkout of facebookresearch/dino."""
 
     def __init__(self, folder: Path):
+        self.folder = folder
         if not (folder / "main_dino.py").is_file():
             raise SystemExit(f"--reference {folder} holds no main_dino.py: give a checkout of facebookresearch/dino")
         sys.path.insert(0, str(folder))

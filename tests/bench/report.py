@@ -162,8 +162,8 @@ class Report:
         tables = "\n".join(self._table(kind) for kind in dict.fromkeys(type(row) for row in self.rows))
         return (
             f"# Benchmark, {datetime.date.today():%Y-%m-%d}, {machine}{found['processor']}, {found['cores']} cores\n\n"
-            f"Code {found['commit']}; {versions}. Contestants take turns in one process after an equality\n"
-            "check. Process CPU time on a CPU, wall time on a GPU; the ratio is the median over rounds.\n\n"
+            f"Code {found['commit']}; {versions}. Contestants take turns after an equality check. Process CPU\n"
+            "time on a CPU, wall time on a GPU; the ratio is the median over rounds.\n\n"
             + (f"{self.note}\n\n" if self.note else "")
             + tables
         )

@@ -1,4 +1,4 @@
-"""Times of contestants that take turns in one process, so that a busy machine slows all of them alike."""
+"""Times of contestants that take turns, so that a busy machine slows all of them alike."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Mapping
 
 import torch
+
+from apart import Apart
 
 
 @dataclasses.dataclass
@@ -53,6 +55,11 @@ def take_turns(
 
 
 def _time(run: Callable[[], object], times: Times, units: int) -> None:
+    if isinstance(run, Apart):
+        cpu, wall = run()
+        times.cpu.append(cpu / units)
+        times.wall.append(wall / units)
+        return
     on_gpu = torch.cuda.is_initialized()
     if on_gpu:
         times.clock_mhz += sm_clock()

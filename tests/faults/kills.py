@@ -27,14 +27,13 @@ ORPHAN_SECONDS = 180.0
 """For the workers of a killed process to write their checkpoint and end."""
 LATE_EVENTS = 30
 """A command that is told to stop touches fewer files after that."""
-COLD = """
+COMMAND = (sys.executable, "-c", "from dinobench.cli.app import main; main()")
+HOOK = """
 import sys
 sys.path.append({folder!r})
 import kills_server
 sys.path.pop()
 kills_server.tell_events({events!r})
-from dinobench.cli.app import main
-main()
 """
 
 Event = tuple[float, str]
@@ -133,15 +132,18 @@ class ForkServer:
 
 
 class Cold:
-    """A new interpreter for every command."""
+    """A new interpreter for every command. It and its workers tell about their files through Python's sitecustomize."""
 
     def start(self, arguments: list[str], folder: Path, environment: dict[str, str], events: Path) -> int:
-        program = COLD.format(folder=str(SERVER.parent), events=str(events))
+        hook = folder / "hook" / "sitecustomize.py"
+        hook.parent.mkdir(exist_ok=True)
+        hook.write_text(HOOK.format(folder=str(SERVER.parent), events=str(events)))
+        path = os.pathsep.join(filter(None, (str(hook.parent), environment.get("PYTHONPATH"))))
         with (folder / "out").open("ab") as out, (folder / "err").open("ab") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", program, *arguments],
+                [*COMMAND, *arguments],
                 cwd=folder,
-                env=environment,
+                env={**environment, "PYTHONPATH": path},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,

@@ -288,7 +288,7 @@ def test_a_closed_terminal_ends_a_training_with_a_checkpoint(ignored: bool, tmp_
         signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
 
     arguments = ["pretrain", "dino", "--preset", "digits", *TINY, *QUIET, "--no-eval", "--output", str(tmp_path)]
-    arguments += ["schedule.steps_per_epoch=100", "runtime.log_every=1"]
+    arguments += ["schedule.steps_per_epoch=30", "runtime.log_every=1"]
     with subprocess.Popen([*DINOBENCH, *arguments], stderr=subprocess.PIPE, text=True, preexec_fn=begin) as process:
         assert process.stderr is not None
         for line in process.stderr:
