@@ -21,8 +21,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-MAX_CHUNK_LOGITS = 2**22
-"""Logits held at a time on a CPU: 16 MiB stay in its caches, and the allocator keeps blocks under 32 MiB for reuse."""
+MAX_CHUNK_LOGITS = 2**23
+"""Logits held at a time on a CPU, 32 MiB: more rows to a product are faster than fewer that stay in its caches."""
 MAX_CHUNK_LOGITS_GPU = 2**30
 LIVE_LOGITS = {"cross_entropy": 2, "mse": 6}
 """Tensors of one value per logit that a loss and its targets hold at a time, per student and teacher row, at most."""
@@ -169,27 +169,28 @@ class _SoftCrossEntropy(torch.autograd.Function):
                 total += db @ bias
             dz = torch.empty_like(z)
             chunk = max(1, max_chunk_logits(z.device) // weight.shape[0])
-            # One for all chunks: a CPU would fetch the memory of each anew from the system.
-            buffer = z.new_empty((min(chunk, len(z)), weight.shape[0]), dtype=low)
+            # One for all chunks. A chunk's logits are [K, r]: all three products then go through W as it lies in memory.
+            buffer = z.new_empty(min(chunk, len(z)) * weight.shape[0], dtype=low)
             for start in range(0, len(z), chunk):
                 part = slice(start, start + chunk)
                 rows = scaled[part].to(low)
-                logits = torch.mm(rows, weight_low.T, out=buffer[: len(rows)]).to(weight.dtype)
+                place = buffer[: len(rows) * weight.shape[0]].view(-1, len(rows))
+                logits = torch.mm(weight_low, rows.T, out=place).to(weight.dtype)
                 if bias is not None:
-                    logits += bias
-                top = logits.amax(1, keepdim=True)
+                    logits += bias[:, None]
+                top = logits.amax(0)
                 soft = logits.sub_(top).exp_()  # divided by its sum below, in rows of D values instead of K
-                mass = soft.sum(1, keepdim=True)
-                total += counts[part] @ (mass.log() + top).squeeze(1)
-                share = counts[part, None] / mass
-                soft_low, rows = soft.to(low), (scaled[part] * share).to(low)
-                dz[part] = (soft_low @ weight_low).to(dz.dtype) * (share / temperature)
+                mass = soft.sum(0)
+                total += counts[part] @ (mass.log() + top)
+                share = counts[part] / mass
+                soft_low, rows = soft.to(low), (scaled[part] * share[:, None]).to(low)
+                dz[part] = (soft_low.T @ weight_low).to(dz.dtype) * (share / temperature)[:, None]
                 if low == dw.dtype:
-                    dw.addmm_(soft.T, rows)
+                    dw.addmm_(soft, rows)
                 else:
-                    dw += soft_low.T @ rows
+                    dw += soft_low @ rows
                 if db is not None:
-                    db += share.squeeze(1) @ soft
+                    db += soft @ share
             ctx.save_for_backward(dz, expected, dw, db)
         return total
 
