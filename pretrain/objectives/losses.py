@@ -169,7 +169,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
                 total += db @ bias
             dz = torch.empty_like(z)
             chunk = max(1, max_chunk_logits(z.device) // weight.shape[0])
-            # One for all chunks. A chunk's logits are [K, r]: all three products then go through W as it lies in memory.
+            # One for all chunks. Logits lie as [K, r]: all three products then go through W as it lies in memory.
             buffer = z.new_empty(min(chunk, len(z)) * weight.shape[0], dtype=low)
             for start in range(0, len(z), chunk):
                 part = slice(start, start + chunk)
