@@ -114,7 +114,7 @@ def loss_curve(session: nox.Session) -> None:
 
 @nox.session(venv_backend=BACKEND, default=False)
 def faults(session: nox.Session) -> None:
-    """Break things on purpose (20 minutes on 2 cores) and write results/reliability.md; `-- --kills 20`, `-- -k disk`.
+    """Break things on purpose (35 minutes on 2 cores) and write results/reliability.md; `-- --kills 20`, `-- -k disk`.
 
     With arguments the report goes to the session's temporary folder: part of the tests is no record.
     """
@@ -124,8 +124,10 @@ def faults(session: nox.Session) -> None:
     output = folder if session.posargs else ROOT / "results"
     record.unlink(missing_ok=True)
     codes = range(2)  # 1: a test failed; the report says which, and fails in its turn
-    options = ("-m", "faults or promise", "--numprocesses=2", "--reliability", str(record), *session.posargs)
-    session.run(sys.executable if HERE else "python", "-m", "pytest", *options, external=HERE, success_codes=codes)
+    # worksteal: a few of them take minutes
+    options = ("-m", "faults or promise", "--numprocesses=2", "--dist=worksteal", "--reliability", str(record))
+    command = (sys.executable if HERE else "python", "-m", "pytest", *options, *session.posargs)
+    session.run(*command, external=HERE, success_codes=codes)
     _python(session, "tests/faults/reliability_report.py", str(record), "--output", str(output / "reliability.md"))
 
 

@@ -16,6 +16,8 @@ from dinobench.cli import app
 from dinobench.journal import Journal
 from dinobench.reporter import Reporter
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow and what it imports announce their own deprecations
+
 SECRET = "hunter2-s3cret"
 QUICK = ("schedule.epochs=2", "schedule.warmup_epochs=1", "head.num_prototypes=32", "evaluation.suites=[]")
 ADDRESSES = {
