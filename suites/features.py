@@ -39,6 +39,7 @@ from pretrain.models.backbones import feature_dim, has_patch_tokens
 from pretrain.models.checkpoint import LoadedModel
 from suites import passes
 from suites.cache import Entry, FeatureCache, content_key
+from suites.extractor import Extractor
 from suites.passes import Pass, Precision, Progress, Report
 from suites.protocols.protocol import Split
 from suites.ranks import Part, share
@@ -146,6 +147,24 @@ def extract(
         path=row_paths(images, index),
         unreadable=tuple(json.loads(entry.metadata["unreadable"])),
     )
+
+
+def extract_with(extractor: Extractor, images: ImageSet, transform: EvalTransform, feature: Feature) -> Features:
+    """`extract` with the network and settings of an extractor, by the same cache entry; told in its log."""
+    found = extract(
+        extractor.model,
+        images,
+        transform,
+        feature,
+        cache=extractor.cache,
+        device=extractor.device,
+        precision=extractor.precision,
+        batch_size=extractor.batch_size,
+        workers=extractor.workers,
+        progress=extractor.progress,
+    )
+    extractor.log.append({"from_cache": found.from_cache, **found.metadata})
+    return found
 
 
 def feature_key(

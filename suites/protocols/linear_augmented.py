@@ -37,7 +37,7 @@ from torch import Tensor
 from pretrain.data.transforms import EvalTransform
 from pretrain.errors import DinobenchError
 from suites.extractor import Extractor
-from suites.features import describe_feature, extract, resolve_feature
+from suites.features import describe_feature, extract_with, resolve_feature
 from suites.interval import mean_interval
 from suites.labelled import LabelledData, open_labelled
 from suites.passes import default_workers, describe
@@ -190,20 +190,7 @@ class Trainer:
 def _still(data: LabelledData, extractor: Extractor, parameters: Parameters, held: Tensor | None = None) -> Split:
     """Features of the test images, or of the training images `held`, without augmentation."""
     images = data.test if held is None else data.train.subset(held)
-    found = extract(
-        extractor.model,
-        images,
-        parameters.transform,
-        parameters.feature,
-        cache=extractor.cache,
-        device=extractor.device,
-        precision=extractor.precision,
-        batch_size=extractor.batch_size,
-        workers=extractor.workers,
-        progress=extractor.progress,
-    )
-    extractor.log.append({"from_cache": found.from_cache, **found.metadata})
-    return found.split()
+    return extract_with(extractor, images, parameters.transform, parameters.feature).split()
 
 
 def _judge(

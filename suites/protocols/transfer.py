@@ -38,7 +38,7 @@ from suites.cache import content_key
 from suites.class_metrics import Metric, class_table, metric_interval, metric_value
 from suites.classifiers import LogisticClassifiers
 from suites.extractor import Extractor
-from suites.features import extract
+from suites.features import extract_with
 from suites.protocols.linear import held_out_split
 from suites.protocols.logistic import Parameters as LogisticParameters
 from suites.protocols.logistic import prepare_rows
@@ -161,19 +161,7 @@ def run(data: TransferData, extractor: Extractor, parameters: Parameters, contex
 
 def _part(images: ImageSet, extractor: Extractor, parameters: Parameters) -> Part:
     """Features by the same cache entry as those of other suites with this transform."""
-    found = extract(
-        extractor.model,
-        images,
-        parameters.transform,
-        parameters.feature,
-        cache=extractor.cache,
-        device=extractor.device,
-        precision=extractor.precision,
-        batch_size=extractor.batch_size,
-        workers=extractor.workers,
-        progress=extractor.progress,
-    )
-    extractor.log.append({"from_cache": found.from_cache, **found.metadata})
+    found = extract_with(extractor, images, parameters.transform, parameters.feature)
     return Part(found.cls, _targets(images)[found.index], found.index)
 
 
