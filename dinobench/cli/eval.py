@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from dinobench.cli.foreign import AllowPartial, Arch, CheckpointKey, NumHeads
 
 if TYPE_CHECKING:
     from dinobench.evaluate import Evaluation, Failure
@@ -34,16 +36,10 @@ def run_evaluation(
         bool,
         typer.Option("--watch", help="Follow one run folder: evaluate each checkpoint as it comes, until it ends."),
     ] = False,
-    checkpoint_key: Annotated[Literal["teacher", "student"], typer.Option(help="Which network.")] = "teacher",
-    arch: Annotated[
-        str | None, typer.Option(help="timm model of a foreign file whose shapes do not tell, such as convnext_tiny.")
-    ] = None,
-    num_heads: Annotated[
-        int | None, typer.Option(min=1, help="Attention heads of a foreign ViT of an unusual width.")
-    ] = None,
-    allow_partial: Annotated[
-        bool, typer.Option("--allow-partial", help="Also a backbone that the file does not fill; the rest is random.")
-    ] = False,
+    checkpoint_key: CheckpointKey = "teacher",
+    arch: Arch = None,
+    num_heads: NumHeads = None,
+    allow_partial: AllowPartial = False,
     track: Annotated[bool, typer.Option("--track/--no-track", help="Log new results to MLflow.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:

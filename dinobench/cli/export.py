@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from dinobench.cli.foreign import AllowPartial, Arch, CheckpointKey, NumHeads
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,16 +20,10 @@ def run_export(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write; default: the checkpoint's name, .safetensors.")
     ] = None,
-    checkpoint_key: Annotated[Literal["teacher", "student"], typer.Option(help="Which network.")] = "teacher",
-    arch: Annotated[
-        str | None, typer.Option(help="timm model of a foreign file whose shapes do not tell, such as convnext_tiny.")
-    ] = None,
-    num_heads: Annotated[
-        int | None, typer.Option(min=1, help="Attention heads of a foreign ViT of an unusual width.")
-    ] = None,
-    allow_partial: Annotated[
-        bool, typer.Option("--allow-partial", help="Also a backbone that the file does not fill; the rest is random.")
-    ] = False,
+    checkpoint_key: CheckpointKey = "teacher",
+    arch: Arch = None,
+    num_heads: NumHeads = None,
+    allow_partial: AllowPartial = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Write the backbone of a checkpoint as safetensors under timm's names.
