@@ -114,7 +114,7 @@ def loss_curve(session: nox.Session) -> None:
 
 @nox.session(venv_backend=BACKEND, default=False)
 def faults(session: nox.Session) -> None:
-    """Break things on purpose (35 minutes on 2 cores) and write results/reliability.md; `-- --kills 20`, `-- -k disk`.
+    """Break things on purpose (20 minutes on 2 cores) and write results/reliability.md; `-- --kills 20`, `-- -k disk`.
 
     With arguments the report goes to the session's temporary folder: part of the tests is no record.
     """

@@ -67,7 +67,12 @@ def _figures(counts: dict[str, dict[str, float]], figures: dict[str, float]) -> 
         if sums.get(all_)
     ]
     named = [*sums.items(), *figures.items()]
-    return lines + [f"- {name.replace('_', ' ').capitalize()}: {round(value, 3):.10g}" for name, value in named]
+    return lines + [f"- {_title(name)}: {round(value, 3):.10g}" for name, value in named]
+
+
+def _title(name: str) -> str:
+    """A figure's name in words."""
+    return name.replace("_", " ").capitalize().replace("Mlflow", "MLflow").replace(" mb", " in MB", 1)
 
 
 def _fractions(title: str, good: dict[str, float], tried: dict[str, float]) -> list[str]:
