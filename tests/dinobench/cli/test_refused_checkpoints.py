@@ -132,6 +132,18 @@ def main(folder: Path, *arguments: str) -> None:
     app.main()
 
 
+def test_the_console_script_ends_with_that_code(
+    state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truncated(tmp_path / "a.pth", state)
+    monkeypatch.setattr(sys, "argv", ["dinobench", "eval", "--suite", "digits_knn", str(tmp_path / "a.pth")])
+    with pytest.raises(SystemExit) as left:
+        app.main()
+    assert left.value.code == 3
+    assert "truncated or damaged" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_the_process_ends_with_that_code(state: State, tmp_path: Path, processes: ForkServerContext) -> None:
     truncated(tmp_path / "a.pth", state)
     process = processes.Process(target=main, args=(tmp_path, "eval", "--suite", "digits_knn", "a.pth"))

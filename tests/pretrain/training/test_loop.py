@@ -53,30 +53,36 @@ def _interrupt_at(step, number=signal.SIGTERM):
     return progress
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Weights and log of a run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    lines, log = _recorder()
+    train(_recipe(), folder=folder, log=log)
+    return _weights(folder), lines
+
+
 @pytest.mark.promise("SIGTERM at any step", "resumed, weights and log are those of the undisturbed run")
 @pytest.mark.parametrize("stop_at", [1, 4, 5, 9])
-def test_stopping_at_any_step_and_resuming_gives_the_same_weights_and_log(stop_at, tmp_path):
+def test_stopping_at_any_step_and_resuming_gives_the_same_weights_and_log(stop_at, whole, tmp_path):
     recipe = _recipe()
-    whole, log_whole = _recorder()
-    train(recipe, folder=tmp_path / "whole", log=log_whole)
     parts, log_parts = _recorder()
     first = train(recipe, folder=tmp_path / "parts", log=log_parts, progress=_interrupt_at(stop_at))
     assert (first.status, first.step, first.note) == ("interrupted", stop_at, "SIGTERM")
     second = train(recipe, folder=tmp_path / "parts", log=log_parts, resume=True)
     assert (second.status, second.step) == ("finished", 10)
-    for (name, value), other in zip(
-        _weights(tmp_path / "whole").items(), _weights(tmp_path / "parts").values(), strict=True
-    ):
+    weights, lines = whole
+    for (name, value), other in zip(weights.items(), _weights(tmp_path / "parts").values(), strict=True):
         assert torch.equal(value, other), name
 
     def without_speed(lines):
         return [(step, {k: v for k, v in metrics.items() if not k.startswith("speed/")}) for step, metrics in lines]
 
-    assert without_speed(parts) == without_speed(whole)
+    assert without_speed(parts) == without_speed(lines)
 
 
 @pytest.mark.promise("the time of a job ends", "a checkpoint; resumed to equal weights")
-def test_after_its_minutes_a_run_stops_with_a_checkpoint_and_goes_on_when_resumed(tmp_path, monkeypatch):
+def test_after_its_minutes_a_run_stops_with_a_checkpoint_and_goes_on_when_resumed(whole, tmp_path, monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr("pretrain.training.stop.monotonic", lambda: clock[0])
 
@@ -92,9 +98,9 @@ def test_after_its_minutes_a_run_stops_with_a_checkpoint_and_goes_on_when_resume
         ("finished", 10),
     ]
     assert outcomes[0].note == "runtime.max_minutes"
-    train(_recipe(), folder=tmp_path / "whole")
-    for name, value in _weights(tmp_path / "whole").items():
-        assert torch.equal(value, _weights(folder)[name]), name
+    weights = _weights(folder)
+    for name, value in whole[0].items():
+        assert torch.equal(value, weights[name]), name
 
 
 @pytest.mark.promise("SIGUSR1 or SIGUSR2 during a training", "a checkpoint after the step in progress")
