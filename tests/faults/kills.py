@@ -20,6 +20,8 @@ from typing import Any, Protocol
 
 import psutil
 
+from breaking import DINOBENCH
+
 SERVER = Path(__file__).with_name("kills_server.py")
 SECONDS = 600.0
 """A command that has not ended by then hangs."""
@@ -27,7 +29,6 @@ ORPHAN_SECONDS = 180.0
 """For the workers of a killed process to write their checkpoint and end."""
 LATE_EVENTS = 30
 """A command that is told to stop touches fewer files after that."""
-COMMAND = (sys.executable, "-c", "from dinobench.cli.app import main; main()")
 HOOK = """
 import sys
 sys.path.append({folder!r})
@@ -141,7 +142,7 @@ class Cold:
         path = os.pathsep.join(filter(None, (str(hook.parent), environment.get("PYTHONPATH"))))
         with (folder / "out").open("ab") as out, (folder / "err").open("ab") as err:
             self.process = subprocess.Popen(
-                [*COMMAND, *arguments],
+                [*DINOBENCH, *arguments],
                 cwd=folder,
                 env={**environment, "PYTHONPATH": path},
                 stdin=subprocess.DEVNULL,
