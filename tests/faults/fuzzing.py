@@ -28,9 +28,9 @@ from hypothesis.strategies import SearchStrategy
 
 from pretrain.errors import DinobenchError
 
-SECONDS = 10.0
-"""Of processor time, for one input; most take milliseconds, the first one of a process imports torch."""
-WAITING = 200.0
+SECONDS = 5.0
+"""Of processor time, for one input; most take milliseconds."""
+WAITING = 60.0
 """Of the clock, for one input: a reader that waits for something."""
 MEMORY = 1 << 30
 """For one input: twice what the largest image that Pillow admits takes (89 million pixels of 4 bytes)."""
